@@ -1,0 +1,127 @@
+"""The policy: sample token sequences, score given ones, decode them to images.
+
+`Scorer` is the differentiable half, a module whose forward gives the log-probabilities of given tokens under the
+distribution that `generate` samples. `Policy` bundles the generator that a trainer or a sampling script works with.
+
+Shapes: N rows, T condition positions, L image tokens, D width, V codebook size.
+"""
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from models.generate import Generation, SamplingConfig, evaluation_mode, generate, guide, log_distribution, \
+    token_statistics
+from models.gpt import GPT
+from models.vq import VQModel
+
+GUIDANCE_MODES = ("guided", "guided_detach_uncond", "conditional")
+
+
+class Scorer(nn.Module):
+    """Teacher-forced log-probabilities of given tokens.
+
+    guidance_logprob says which distribution they belong to when sampling is guided (cfg_scale s != 1):
+    - guided: the sampled one, with gradient through the conditional and the unconditional half;
+    - guided_detach_uncond: the sampled one, the unconditional half without gradient;
+    - conditional: guidance ignored, as AR-GRPO does. Biased: these are not the sampled tokens' probabilities.
+    """
+
+    def __init__(self, gpt: GPT, sampling: SamplingConfig, guidance_logprob: str = "guided", chunk_tokens: int = 1024):
+        super().__init__()
+        if guidance_logprob not in GUIDANCE_MODES:
+            raise ValueError(f"guidance_logprob must be one of {', '.join(GUIDANCE_MODES)}, got {guidance_logprob!r}")
+        if sampling.greedy:
+            raise ValueError("greedy decoding is no distribution: log-probabilities need greedy=False")
+        self.gpt, self.sampling, self.guidance_logprob = gpt, sampling, guidance_logprob
+        self.chunk_tokens = chunk_tokens
+
+    def forward(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """-> (logps float32 [N, L], entropies float32 [N, L] without gradient), nats.
+
+        condition: class ids int [N], or caption embeddings [N, T, C] with condition_mask bool [N, T]; tokens int64
+        [N, L]. Memory holds the logits of `chunk_tokens` tokens at a time, forward and backward.
+        """
+        hidden = self.guided_hidden(condition, tokens, condition_mask).flatten(0, 1)  # [N L, D]
+        flat = tokens.flatten()
+        chunks = [checkpoint(self.head, hidden[i: i + self.chunk_tokens], flat[i: i + self.chunk_tokens],
+                             use_reentrant=False) for i in range(0, len(flat), self.chunk_tokens)]
+        logps, entropies = (torch.cat(parts).view(tokens.shape) for parts in zip(*chunks))
+        return logps, entropies
+
+    def guided_hidden(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None) -> Tensor:
+        """Hidden states [N, L, D] whose head product is the logits that the sampler used."""
+        cond = self.gpt.hidden(condition, tokens[:, :-1], condition_mask)  # [N, L, D]
+        num_guided = self.sampling.num_guided(tokens.shape[1])
+        if self.guidance_logprob == "conditional" or not num_guided:
+            return cond
+        with torch.set_grad_enabled(torch.is_grad_enabled() and self.guidance_logprob == "guided"):
+            null = self.gpt.null_condition(len(tokens))
+            uncond = self.gpt.hidden(null, tokens[:, : num_guided - 1], condition_mask)  # [N, num_guided, D]
+        return torch.cat([guide(cond[:, :num_guided], uncond, self.sampling.cfg_scale), cond[:, num_guided:]], dim=1)
+
+    def head(self, hidden: Tensor, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [n, D], tokens [n] -> log-probabilities and entropies [n]."""
+        return token_statistics(log_distribution(self.gpt.output(hidden), self.sampling, tokens), tokens)
+
+
+@dataclass
+class Policy:
+    """A generator ready for use: transformer, tokenizer, conditions, and how it samples."""
+
+    gpt: GPT
+    vq: VQModel
+    sampling: SamplingConfig
+    text_encoder: object | None = None  # models.text.TextEncoder for text-to-image models
+    autocast_dtype: torch.dtype | None = None  # None: float32 throughout
+    decode_batch_size: int = 64
+
+    @property
+    def device(self) -> torch.device:
+        return self.gpt.output.weight.device
+
+    def autocast(self):
+        """Context of every forward pass, so that sampler and scorer round alike."""
+        return torch.autocast(self.device.type, dtype=self.autocast_dtype, enabled=self.autocast_dtype is not None)
+
+    def encode(self, conditions) -> tuple[Tensor, Tensor | None]:
+        """`dataset.Condition`s -> (class ids int64 [P], None) or (embeddings float32 [P, T, C], mask bool [P, T])."""
+        if self.text_encoder is not None:
+            embeddings, mask = self.text_encoder.encode([c.prompt for c in conditions])
+            return embeddings.to(self.device), mask.to(self.device)
+        class_ids = [c.class_id for c in conditions]
+        limit = self.gpt.config.num_classes
+        bad = [c for c in class_ids if c is None or not 0 <= c < limit]
+        if bad:
+            raise ValueError(f"class-to-image models need class ids from 0 to {limit - 1}, got {bad[0]}")
+        return torch.tensor(class_ids, device=self.device), None
+
+    def sample(self, conditions, seeds, num_generations: int = 1) -> Generation:
+        """num_generations token sequences per condition, prompt-major; one seed per sequence."""
+        condition, mask = self.encode(conditions)
+        with self.autocast():
+            return generate(self.gpt, condition, self.sampling, mask, seeds, num_generations)
+
+    @torch.no_grad()
+    def score(self, scorer: Scorer, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None,
+              batch_size: int) -> Tensor:
+        """log-probabilities float32 [N, L] of `tokens` under `scorer`, without gradient, in batches."""
+        parts = []
+        with self.autocast(), evaluation_mode(scorer):
+            for i in range(0, len(tokens), batch_size):
+                rows = slice(i, i + batch_size)
+                mask = None if condition_mask is None else condition_mask[rows]
+                parts.append(scorer(condition[rows], tokens[rows], mask)[0])
+        return torch.cat(parts)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """tokens int64 [N, L] -> images uint8 [N, 3, H, W], rounded to the nearest level as LlamaGen does."""
+        grids = tokens.unflatten(1, self.gpt.config.grid)  # [N, h, w]
+        return torch.cat([to_uint8(self.vq.decode(part)) for part in grids.split(self.decode_batch_size)])
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """images float in about [-1, 1] -> uint8 0 .. 255."""
+    return (127.5 * images.float() + 128).clamp(0, 255).to(torch.uint8)
