@@ -24,7 +24,11 @@ def golden():
 def weights(tmp_path_factory):
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "features.safetensors"
-    save_file(ShapesFeatures().state_dict(), path)
+    net = ShapesFeatures()
+    net.head.weight.data *= 40  # decided and varied classes: an Inception Score that depends on its splits
+    features, _ = extract(net, torch.tensor(make_images(0)).permute(0, 3, 1, 2))
+    net.head.bias.data = -net.head.weight.data @ features.mean(0)
+    save_file(net.state_dict(), path)
     return path
 
 
@@ -168,7 +172,7 @@ def test_folder_npz_and_order_give_the_same_numbers(tmp_path, weights, capsys, m
     ref, samples = make_images(1), make_images(2, 27)
     ref_npz = write_npz(tmp_path / "ref.npz", ref)
     first = run(tmp_path, weights, ref_npz, write_npz(tmp_path / "samples.npz", samples))
-    assert first["fid"] > 0 and first["inception_score"] > 1 and first["num_sample_images"] == 27
+    assert first["fid"] > 0 and first["inception_score"] > 1.5 and first["num_sample_images"] == 27
     assert f"{first['fid']:.4f}" in capsys.readouterr().out
     assert_same_numbers(first, run(tmp_path, weights, write_folder(tmp_path / "ref", ref),
                                    write_folder(tmp_path / "samples", samples)))
