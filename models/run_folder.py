@@ -1,0 +1,284 @@
+"""What a training run writes: config.json, metrics.jsonl, TensorBoard events, sample grids, checkpoints.
+
+Everything that a later process relies on is written to a temporary name, flushed to the disk and renamed, so that a
+kill at any moment leaves either the old file or the new one. A checkpoint carries the SHA-256 of each of its files; a
+damaged one is named and passed over. Leaves out: what a checkpoint contains (the caller writes it), and locking: one
+process (rank 0) owns the folder.
+"""
+
+import hashlib
+import importlib.util
+import io
+import json
+import logging
+import math
+import os
+import re
+import shutil
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+CHECKSUMS = "checksums.json"
+RESUMABLE_CHANGES = ("exit_step", "save_steps", "save_total_limit", "report_to", "output_dir", "run_name")
+_TEMPORARY = ".tmp-"
+_REPLACED = ".replaced"
+_PICTURE_SIZE = 128  # pictures smaller than this are enlarged in the grids, so that captions fit under them
+_CAPTION_LINES = 4  # for each paragraph of a caption
+
+
+class RunFolder:
+    """One run's folder. Constructing it on an existing run resumes that run, if the configuration allows it."""
+
+    def __init__(self, path, config: dict, report_to=("tensorboard",), resumable_changes=RESUMABLE_CHANGES):
+        self.path = Path(path)
+        self._tensorboard = _wants_tensorboard(report_to)
+        self._writer = None
+        self._first_step = 0  # TensorBoard hides what an earlier process logged from here on
+        config = json.loads(json.dumps(config))  # tuples become lists, as in the stored one
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            self._refuse_changes(config, resumable_changes)
+            self._clean_up()
+            atomic_write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
+        except OSError as error:
+            raise ValueError(
+                f"cannot write to the run folder {self.path} ({error.strerror}): choose another --output_dir"
+            ) from error
+
+    def log(self, step: int, metrics: dict[str, float]) -> None:
+        """Appends one line to metrics.jsonl; numbers that JSON lacks (NaN, infinities) become null."""
+        assert "step" not in metrics, "'step' is given by itself, not as a metric"
+        numbers = {key: float(value) for key, value in metrics.items()}
+        line = {"step": step, **{key: value if math.isfinite(value) else None for key, value in numbers.items()}}
+        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(line, allow_nan=False) + "\n")
+        if self._tensorboard:
+            self._log_tensorboard(step, numbers)
+
+    def truncate(self, step: int) -> None:
+        """Forgets what was logged after `step` (-1: everything): a killed run logs further than its checkpoint."""
+        assert self._writer is None, "truncate before the first log"
+        self._first_step = step + 1
+        path = self.path / "metrics.jsonl"
+        if not path.exists():
+            return
+        lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+        steps = [_step_of_line(line) for line in lines]
+        if None in steps:
+            logger.warning("%s: dropping unreadable lines (a kill in the middle of a write leaves one)", path)
+        kept = [line + "\n" for line, number in zip(lines, steps) if number is not None and number <= step]
+        atomic_write_text(path, "".join(kept))
+
+    def save_checkpoint(self, step: int, write: Callable[[Path], None], total_limit: int | None = None) -> Path:
+        """`write(folder)` fills a temporary folder, which becomes checkpoint-STEP once all of it is on the disk.
+        When anything fails, the temporary folder goes and the older checkpoints stay."""
+        assert total_limit is None or total_limit >= 1, f"total_limit {total_limit} would keep no checkpoint"
+        final = self.path / f"checkpoint-{step}"
+        temporary = self.path / f"{_TEMPORARY}{final.name}"
+        try:
+            temporary.mkdir()
+            write(temporary)
+            _seal(temporary)
+            _replace_folder(temporary, final)
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        if total_limit is not None:
+            self._delete_old(step, total_limit)
+        return final
+
+    def latest_checkpoint(self) -> tuple[Path, int] | None:
+        """The newest checkpoint whose checksums hold, and its step."""
+        for step, folder in sorted(self._checkpoints().items(), reverse=True):
+            damage = checkpoint_damage(folder)
+            if damage is None:
+                return folder, step
+            logger.warning("checkpoint %s is damaged (%s): using the one before it, if there is any", folder, damage)
+        return None
+
+    def save_grid(self, step: int, images, captions: list[str], columns: int) -> Path:
+        """images: uint8 numpy [N, H, W, 3] -> samples/step_000123.png, each picture with its caption under it."""
+        path = self.path / "samples" / f"step_{step:06d}.png"
+        path.parent.mkdir(exist_ok=True)
+        encoded = io.BytesIO()
+        _grid(images, captions, columns).save(encoded, format="PNG")
+        atomic_write_bytes(path, encoded.getvalue())
+        return path
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+            self._writer = None
+
+    def _log_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
+        if self._writer is None:
+            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+
+            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step, flush_secs=10)
+        for key, value in numbers.items():
+            self._writer.add_scalar(key, value, step)
+
+    def _refuse_changes(self, config: dict, allowed) -> None:
+        path = self.path / "config.json"
+        if not path.exists():
+            return
+        try:
+            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path} is damaged ({error}): choose another --run_name") from error
+        changes = [
+            f"{key}: {_shown(stored, key)} -> {_shown(config, key)}"
+            for key in sorted(stored.keys() | config.keys())
+            if key not in allowed and _shown(stored, key) != _shown(config, key)
+        ]
+        if changes:
+            raise ValueError(
+                f"{self.path} holds a run with another configuration ({'; '.join(changes)}): "
+                "give the old values to resume it, or another --run_name to start a new run"
+            )
+
+    def _clean_up(self) -> None:
+        """Mends what a killed process left: half-written files, and a checkpoint caught while it was replaced."""
+        for leftover in self.path.glob(f"{_TEMPORARY}*"):
+            if leftover.is_dir():
+                shutil.rmtree(leftover)
+            else:
+                leftover.unlink()
+        for old in self.path.glob(f"checkpoint-*{_REPLACED}"):
+            final = old.with_name(old.name.removesuffix(_REPLACED))
+            if final.exists():
+                shutil.rmtree(old)
+            else:
+                old.rename(final)
+
+    def _checkpoints(self) -> dict[int, Path]:
+        matches = [(re.fullmatch(r"checkpoint-(\d+)", folder.name), folder) for folder in self.path.iterdir()]
+        return {int(match[1]): folder for match, folder in matches if match and folder.is_dir()}
+
+    def _delete_old(self, saved: int, total_limit: int) -> None:
+        others = {step: folder for step, folder in self._checkpoints().items() if step != saved}
+        # A step beyond the one just saved was damaged, or this run would have resumed from it: it goes first.
+        order = sorted(others, key=lambda step: (step < saved, step))
+        for step in order[: max(0, len(order) - (total_limit - 1))]:
+            shutil.rmtree(others[step])
+
+
+def checkpoint_damage(folder: Path) -> str | None:
+    """What is wrong with a checkpoint folder, or None when every file is as it was written."""
+    try:
+        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, expected in checksums.items():
+            if _sha256(folder / name) != expected:
+                return f"{name} has changed since it was written"
+    except OSError as error:
+        return f"{Path(error.filename or CHECKSUMS).name}: {error.strerror}"
+    except (ValueError, AttributeError):  # not JSON, not text, or not a mapping
+        return f"{CHECKSUMS} is unreadable"
+    return None
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    atomic_write_bytes(path, text.encode("utf-8"))
+
+
+def atomic_write_bytes(path: Path, content: bytes) -> None:
+    """Readers, and a restart after a crash, see the old content or the new one, never a part."""
+    path = Path(path)
+    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
+    try:
+        temporary.write_bytes(content)
+        _fsync(temporary)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+    _fsync(path.parent)
+
+
+def _seal(folder: Path) -> None:
+    """Adds checksums.json and waits until all of the folder is on the disk."""
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    assert files, f"nothing was written into {folder}"
+    checksums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
+    (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
+    for path in folder.rglob("*"):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _replace_folder(temporary: Path, final: Path) -> None:
+    # A folder cannot be renamed onto a full one, so a checkpoint of the same step steps aside first.
+    old = final.with_name(final.name + _REPLACED)
+    if final.exists():
+        final.rename(old)
+    temporary.rename(final)
+    _fsync(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _step_of_line(line: str) -> int | None:
+    try:
+        return int(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return None
+
+
+def _shown(config: dict, key: str) -> str:
+    return json.dumps(config[key]) if key in config else "(absent)"
+
+
+def _wants_tensorboard(report_to) -> bool:
+    names = {report_to} if isinstance(report_to, str) else set(report_to)
+    if unknown := names - {"tensorboard", "none"}:
+        raise ValueError(f"--report_to {' '.join(sorted(unknown))}: expected tensorboard or none")
+    if "tensorboard" in names and importlib.util.find_spec("tensorboard") is None:
+        raise ValueError("--report_to tensorboard: install tensorboard, or give --report_to none")
+    return "tensorboard" in names
+
+
+def _grid(images, captions: list[str], columns: int):
+    from PIL import Image, ImageDraw, ImageFont
+
+    assert images.ndim == 4 and images.shape[3] == 3 and str(images.dtype) == "uint8", "images: uint8 [N, H, W, 3]"
+    assert len(captions) == len(images) > 0 and columns >= 1, f"{len(images)} images, {len(captions)} captions"
+    scale = max(1, round(_PICTURE_SIZE / max(images.shape[1:3])))
+    height, width = images.shape[1] * scale, images.shape[2] * scale
+    font = ImageFont.load_default(size=11)
+    measure = ImageDraw.Draw(Image.new("RGB", (1, 1))).textlength
+    num_letters = max(8, int(width / measure("n", font=font)))
+    texts = [_wrapped(caption, num_letters) for caption in captions]
+    text_height = 6 + 14 * max(text.count("\n") + 1 for text in texts)
+    gap = 6
+    num_rows = math.ceil(len(images) / columns)
+    size = (columns * (width + gap) + gap, num_rows * (height + text_height + gap) + gap)
+    sheet = Image.new("RGB", size, "white")
+    for index, (pixels, text) in enumerate(zip(images, texts)):
+        cell = Image.new("RGB", (width, height + text_height), "white")  # clips words wider than the picture
+        cell.paste(Image.fromarray(pixels).resize((width, height), Image.Resampling.NEAREST))
+        ImageDraw.Draw(cell).multiline_text((1, height + 2), text, fill="black", font=font, spacing=2)
+        row, column = divmod(index, columns)
+        sheet.paste(cell, (gap + column * (width + gap), gap + row * (height + text_height + gap)))
+    return sheet
+
+
+def _wrapped(caption: str, num_letters: int) -> str:
+    paragraphs = caption.splitlines() or [""]
+    wrap = [textwrap.wrap(part, num_letters, max_lines=_CAPTION_LINES, placeholder=" ...") for part in paragraphs]
+    return "\n".join(line for lines in wrap for line in lines)
