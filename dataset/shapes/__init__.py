@@ -1,4 +1,4 @@
-"""The embedded shapes world: 64x64 images of 1-4 coloured shapes with exact captions, an exact detector and exact scores.
+"""The embedded shapes world: 64x64 images of 1-4 coloured shapes with exact captions, detector and scores.
 
     record = sample_record(rng)                                  # GenEval's metadata, its caption under "prompt"
     image = render(sample_scene(record, rng))                    # uint8 [64, 64, 3]

@@ -16,9 +16,11 @@ CHROMA_MIN = 0.24            # half way from the tints to the palest colours: th
 DARK_MAX = 0.45              # brightest channel below this: black, half way from the tints as well
 SPECK_AREA = 10              # px; smaller components are dust and are not reported
 OBJECT_AREA = (60, 1000)     # px; what a shape of the world can cover, with some slack for decoders
-MIN_IOU = 0.78               # a circle and a square of one box share 0.785: below this nothing is recognised
+MIN_IOU = 0.8                # a circle and a square of one box share 0.785; a random blob passes 1 time in 10
 TEMPLATE_SIZE = 24
 COVER_LEVELS = (0.25, 0.35, 0.45, 0.55, 0.65)   # the threshold cuts saturated colours further out than pale ones
+BLURS = (0, 1.2)             # px: decoders round the tips off
+SHIFTS = (0, 0.5)            # px: and don't keep to the lattice
 INTERIOR_WEIGHT = 9          # votes of a pixel inside, against 1 on the rim, whose colour is mixed with the tint
 EIGHT_NEIGHBOURS = np.ones((3, 3), bool)
 
@@ -99,8 +101,8 @@ def _normalise(mask):
 def _templates():
     """[shapes * variants, S * S], the variants of a shape in a row."""
     radii = sorted({radius for choices in RADII.values() for radius in choices})
-    masks = [coverage(shape, radius, np.ceil(radius) + 1, np.ceil(radius) + 1) > level
-             for shape in SHAPES for radius in radii for level in COVER_LEVELS]
+    masks = [ndimage.gaussian_filter(np.pad(coverage(shape, radius, 16 + shift, 16), 4), blur) > level
+             for shape in SHAPES for radius in radii for shift in SHIFTS for blur in BLURS for level in COVER_LEVELS]
     return np.stack([_normalise(mask[ndimage.find_objects(mask.astype(int))[0]]).ravel() for mask in masks])
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from dataset.shapes.scene import BACKGROUNDS, GRADIENT, IMAGE_SIZE, PALETTE
 
-STAR_INNER = 0.48            # inner over outer radius: fat enough for an 8x tokenizer, thin enough to tell from a circle
+STAR_INNER = 0.48            # inner over outer radius: fat enough for an 8x tokenizer, thin enough to be no circle
 SQUARE_SIDE = 0.9            # of the bounding box, so that a square does not outweigh the other shapes
 
 

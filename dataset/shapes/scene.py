@@ -63,7 +63,7 @@ def sample_scene(record, rng):
     """A random scene with exactly the record's objects; free colours, radii, positions and tint are uniform."""
     wanted = wanted_objects(record)
     if len(wanted) not in RADII:
-        raise ValueError(f"record {record.get('prompt')!r} wants {len(wanted)} objects; the world holds 1 to {max(RADII)}")
+        raise ValueError(f"record {record.get('prompt')!r} has {len(wanted)} objects; scenes hold 1 to {max(RADII)}")
     radii = rng.choice(RADII[len(wanted)], size=len(wanted))
     centres = sample_centres(radii, wanted_relations(record), rng)
     colors = [color or COLORS[rng.integers(len(COLORS))] for _, color in wanted]

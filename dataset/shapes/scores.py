@@ -1,6 +1,6 @@
 """How well detections answer a record: strict (0 or 1), graded (partial credit), and quality (whatever the prompt).
 
-Stricter than GenEval: extra and malformed objects count against the image, so neither an empty nor a filled canvas pays.
+Stricter than GenEval: extra and malformed objects count against the image, so neither empty nor filled canvases pay.
 Left out: any look at the pixels; everything comes from the detector.
 """
 import numpy as np
