@@ -22,7 +22,7 @@ def imagenet_names() -> list[str]:
 
 
 def load_class_names(spec: str | Path) -> list[str]:
-    """`spec`: "imagenet", "shapes", a .txt / .json list of names, or an ImageFolder directory (class folders inside)."""
+    """`spec`: "imagenet", "shapes", a .txt / .json list of names, or an ImageFolder (class folders inside)."""
     if spec == "imagenet":
         return imagenet_names()
     if spec == "shapes":

@@ -1,4 +1,4 @@
-"""Which prompts a rollout uses, and the seed of every image: pure functions of (seed, step), so resuming needs the step.
+"""Which prompts a rollout uses, and the seed of every image: pure functions of seed and step, so resume needs the step.
 
 Everything is defined on the GLOBAL batch of a step and does not know the world size: a rank takes its part of it with
 `shard`. `prompt` in the seed functions is a prompt's POSITION in that global batch (0 .. num_prompts-1), not its index

@@ -1,8 +1,6 @@
 """Class labels, prompt files, the COCO preparation, and the sampler's arithmetic."""
 import json
-import sys
 from collections import Counter
-from types import SimpleNamespace
 
 import pytest
 
@@ -38,13 +36,13 @@ def test_imagenet_names_carry_all_synonyms_in_wnid_order():
     assert load_class_names("imagenet") == names
 
 
-def test_class_lists_from_files(tmp_path, monkeypatch):
+def test_class_lists_from_files_and_the_shapes_world(tmp_path):
     assert load_class_names(write(tmp_path / "a.txt", "red fox\n cat \n\n")) == ["red fox", "cat"]
     assert load_class_names(str(write(tmp_path / "a.json", ["x", "y"]))) == ["x", "y"]
     ids = {str(i): f"c{i}" for i in reversed(range(12))}     # "10" must not sort before "2"
     assert load_class_names(write(tmp_path / "b.json", ids)) == [f"c{i}" for i in range(12)]
-    monkeypatch.setitem(sys.modules, "dataset.shapes", SimpleNamespace(CLASS_NAMES=("red star",)))
-    assert load_class_names("shapes") == ["red star"]
+    shapes = load_class_names("shapes")
+    assert len(shapes) == len(set(shapes)) > 1 and "red star" in shapes
 
 
 def test_class_names_from_an_image_folder(tmp_path):
