@@ -23,7 +23,7 @@ def encode_prompts(encoder: TextEncoder, prompts: list[str], output: Path) -> in
     """Write the cache; returns the number of distinct prompts after cleaning."""
     texts = list(dict.fromkeys(encoder.prepare(prompt) for prompt in prompts))
     rows = {}
-    for start in tqdm(range(0, len(texts), CHUNK), desc="encoding", unit=f"x{CHUNK} prompts"):
+    for start in tqdm(range(0, len(texts), CHUNK), desc="encoding", unit="batch"):
         rows |= {text: row.cpu() for text, row in encoder.rows(texts[start:start + CHUNK]).items()}
     encoder.save_cache(output, rows)
     return len(rows)

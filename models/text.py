@@ -117,7 +117,7 @@ def _strip_html(text: str) -> str:
         try:
             return BeautifulSoup(text, features="html.parser").text
         except ParserRejectedMarkup:
-            raise ValueError(f"caption {text!r} is broken html: remove its '<![' or turn caption cleaning off") from None
+            raise ValueError(f"caption {text!r} is broken html: remove its '<![' or turn cleaning off") from None
 
 
 # --- the encoder ---------------------------------------------------------------------------------------------------
@@ -247,7 +247,7 @@ def _load_t5(name_or_path: str, dtype: torch.dtype) -> tuple:
     is_local = Path(name_or_path).exists() or name_or_path.startswith((".", "/")) or name_or_path.count("/") > 1
     mend = "fetch one with `huggingface-cli download google/flan-t5-xl --local-dir DIR` and give DIR as --t5_path"
     if is_local and not (Path(name_or_path) / "config.json").is_file():
-        raise ValueError(f"no text encoder at {name_or_path} (a folder with config.json, weights and tokenizer): {mend}")
+        raise ValueError(f"no text encoder at {name_or_path} (a folder of config.json, weights, tokenizer): {mend}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
         model, info = T5EncoderModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
