@@ -9,7 +9,7 @@ Left out: min-p, repetition penalties, end-of-sequence logic (images have a fixe
 Shapes: P prompts, G generations per prompt, N = P G rows, T condition positions, L image tokens, D width, V codebook.
 """
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -24,7 +24,8 @@ class SamplingConfig:
     temperature: float = 1.0
     top_k: int = 0  # keep the k most likely tokens; 0: all
     top_p: float = 1.0  # keep the smallest set of likeliest tokens whose mass reaches p; 1: all
-    cfg_scale: float = 1.0  # classifier-free guidance, uncond + s (cond - uncond); 1: none
+    cfg_scale: float = field(default=1.0, metadata={  # classifier-free guidance, uncond + s (cond - uncond)
+        "aliases": ["gen_cfg_cfg_scale"], "help": "guidance scale; 1: none"})
     cfg_interval: int = -1  # guide tokens 0 .. cfg_interval + 1 only (LlamaGen's counting); -1: all
     greedy: bool = False  # take the most likely token
 

@@ -97,11 +97,10 @@ class Policy:
             raise ValueError(f"class-to-image models need class ids from 0 to {limit - 1}, got {bad[0]}")
         return torch.tensor(class_ids, device=self.device), None
 
-    def sample(self, conditions, seeds, num_generations: int = 1) -> Generation:
-        """num_generations token sequences per condition, prompt-major; one seed per sequence."""
-        condition, mask = self.encode(conditions)
+    def sample(self, condition: Tensor, condition_mask: Tensor | None, seeds, num_generations: int = 1) -> Generation:
+        """num_generations token sequences per encoded condition, prompt-major; one seed per sequence."""
         with self.autocast():
-            return generate(self.gpt, condition, self.sampling, mask, seeds, num_generations)
+            return generate(self.gpt, condition, self.sampling, condition_mask, seeds, num_generations)
 
     @torch.no_grad()
     def score(self, scorer: Scorer, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None,

@@ -158,10 +158,10 @@ def test_policy_decodes_non_square_grids_to_uint8():
     class Condition:
         prompt, class_id = "a photo of one", 1
 
-    generation = policy.sample([Condition], seeds=[7, 8, 9], num_generations=3)
+    generation = policy.sample(*policy.encode([Condition]), seeds=[7, 8, 9], num_generations=3)
     images = policy.decode(generation.tokens)
     assert images.dtype == torch.uint8 and images.shape == (3, 3, 3 * 2, 4 * 2)
     Condition.class_id = 5
     with pytest.raises(ValueError, match="class ids from 0 to 4, got 5"):
-        policy.sample([Condition], seeds=[1])
+        policy.encode([Condition])
     assert vq.encode(torch.zeros(1, 3, 4, 10)).shape == (1, 2, 5)

@@ -1,13 +1,13 @@
 """Scene -> 64x64 RGB pixels, antialiased from signed distances.
 
 Radii and lattice positions are few, so each shape's coverage patch is computed once and blended: about 0.1 ms an image.
-Left out: shading, texture, noise.
+Left out: shading, texture, noise: each would cost every background token information.
 """
 from functools import lru_cache
 
 import numpy as np
 
-from dataset.shapes.scene import BACKGROUNDS, GRADIENT, IMAGE_SIZE, PALETTE
+from dataset.shapes.scene import BACKGROUNDS, IMAGE_SIZE, PALETTE
 
 STAR_INNER = 0.48            # inner over outer radius: fat enough for an 8x tokenizer, thin enough to be no circle
 SQUARE_SIDE = 0.9            # of the bounding box, so that a square does not outweigh the other shapes
@@ -15,7 +15,7 @@ SQUARE_SIDE = 0.9            # of the bounding box, so that a square does not ou
 
 def render(scene):
     """uint8 [64, 64, 3]."""
-    image = _background(scene.background).copy()   # [H, W, 3]
+    image = np.tile(np.array(BACKGROUNDS[scene.background], np.float32), (IMAGE_SIZE, IMAGE_SIZE, 1))   # [H, W, 3]
     for item in scene.objects:
         left, top = int(np.floor(item.x - item.radius)) - 1, int(np.floor(item.y - item.radius)) - 1
         cover = coverage(item.shape, item.radius, item.x - left, item.y - top)   # [h, w]
@@ -24,13 +24,6 @@ def render(scene):
         cover = cover[rows.start - top:, cols.start - left:][:window.shape[0], :window.shape[1], None]
         window += cover * (np.array(PALETTE[item.color], np.float32) - window)
     return np.rint(image).astype(np.uint8)
-
-
-@lru_cache(maxsize=len(BACKGROUNDS))
-def _background(index):
-    shade = 1 + GRADIENT * (0.5 - np.arange(IMAGE_SIZE, dtype=np.float32) / (IMAGE_SIZE - 1))   # [H]
-    tint = np.array(BACKGROUNDS[index], np.float32)
-    return np.broadcast_to(shade[:, None, None] * tint, (IMAGE_SIZE, IMAGE_SIZE, 3))
 
 
 @lru_cache(maxsize=4096)

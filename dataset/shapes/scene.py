@@ -20,7 +20,6 @@ RELATIONS = {"left of": (-1, 0), "right of": (1, 0), "above": (0, -1), "below": 
 PALETTE = {"red": (215, 35, 35), "orange": (245, 135, 20), "yellow": (245, 215, 40), "green": (30, 160, 50),
            "blue": (40, 85, 215), "purple": (135, 45, 175), "pink": (245, 125, 190), "black": (25, 25, 25)}
 BACKGROUNDS = ((228, 222, 212), (205, 217, 228), (208, 224, 211), (219, 211, 228), (229, 212, 212), (201, 203, 207))
-GRADIENT = 0.02              # relative brightness from top to bottom, the same for every image: carries no information
 POSITION_LATTICE = 4         # px between allowed object centres; divides the tokenizer's stride of 8: few patch phases
 RADII = {1: (10.5, 13.5), 2: (8.5, 10.5), 3: (8.5,), 4: (8.5,)}   # px, half the bounding box, by objects in the scene
 MIN_GAP = 3                  # px between bounding boxes, so that blurred neighbours don't merge

@@ -1,0 +1,1 @@
+"""Image statistics of the shapes world, for evaluations during training: FID, precision, recall, position spread."""

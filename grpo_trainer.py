@@ -1,0 +1,466 @@
+"""Group Relative Policy Optimization for autoregressive image generators.
+
+One step (`GRPOTrainer.train`): sample G images for each of P prompts -> score them with rewards -> advantages relative
+to the group -> a few clipped policy-gradient updates with a KL penalty. The mathematics is `group_advantages` and
+`grpo_loss`, pure functions. Everything that a step draws is keyed by (seed, step, prompt, member), so that images
+don't depend on the number of processes and a resumed run continues bit for bit.
+
+Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.py compose them), and parameter sharding.
+
+Shapes: P prompts per process and step, G generations per prompt, N = P G images, L tokens per image.
+"""
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_model
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dataset.sampler import PromptSampler, row_seeds, shard
+from models import distributed
+from models.report import write_report
+
+EVAL_STEP = -1  # the step that keys evaluation seeds: the same images are asked for each time
+
+
+@dataclass(frozen=True)
+class GRPOConfig:
+    num_generations: int = 8  # G, images per prompt
+    per_device_train_batch_size: int = 8  # images per micro-batch and process
+    gradient_accumulation_steps: int = 1  # micro-batches per optimizer update
+    num_minibatches: int = 1  # optimizer updates that share one pass over a rollout
+    num_iterations: int = 1  # passes over a rollout
+    rollout_batch_size: int = 0  # images sampled and scored at a time; 0: all of a step
+    beta: float = 0.01  # weight of the KL penalty to the starting model; 0: no reference model
+    epsilon: float = 0.2  # lower clip of the probability ratio, 1 - epsilon
+    epsilon_high: float | None = None  # upper clip, 1 + epsilon_high; None: epsilon
+    scale_rewards: str = "group"  # divide by the spread of: group, batch, none (Dr.GRPO, arXiv 2503.20783)
+    reward_aggregation: str = "sum"  # sum: then normalise; normalise: each reward in its group, then the sum
+    importance_sampling_level: str = "token"  # token, or sequence (GSPO, arXiv 2507.18071)
+    learning_rate: float = 1e-5
+    lr_scheduler: str = "constant"  # after the warm-up: constant, cosine
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.99  # a memory of 100 updates: runs are short
+    max_grad_norm: float = 1.0
+    exit_step: int = 400  # steps (rollouts) of the run
+    eval_steps: int = 100  # evaluate each so many steps, and before the first; 0: never
+    eval_generations: int = 4  # images per held-out prompt
+    save_steps: int = 100
+    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep; none: all"})
+    max_logp_gap: float = 0.1  # nats between sampler and trainer that stop the run: they disagree on the policy
+    max_reward_failures: float = 0.5  # share of a step's images without a reward that stops the run
+    max_bad_updates: int = 5  # updates in a row with a non-finite gradient that stop the run
+    data_seed: int = field(default=42, metadata={"aliases": ["seed"], "help": "keys prompts and images"})
+
+    def __post_init__(self):
+        for name, choices in (("scale_rewards", ("group", "batch", "none")),
+                              ("reward_aggregation", ("sum", "normalise")),
+                              ("importance_sampling_level", ("token", "sequence")),
+                              ("lr_scheduler", ("constant", "cosine"))):
+            if getattr(self, name) not in choices:
+                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
+        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches",
+                     "num_iterations", "exit_step", "save_steps", "eval_generations"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.num_generations < 2:
+            raise ValueError(f"num_generations must be at least 2 (advantages are relative to the group), got "
+                             f"{self.num_generations}")
+        if self.images_per_update % self.num_generations:
+            raise ValueError(
+                f"images per update and process ({self.per_device_train_batch_size} per_device_train_batch_size x "
+                f"{self.gradient_accumulation_steps} gradient_accumulation_steps = {self.images_per_update}) must be "
+                f"a multiple of num_generations ({self.num_generations})")
+        if self.rollout_batch_size % self.num_generations:
+            raise ValueError(f"rollout_batch_size {self.rollout_batch_size} must be a multiple of num_generations "
+                             f"({self.num_generations})")
+
+    @property
+    def images_per_update(self) -> int:
+        return self.per_device_train_batch_size * self.gradient_accumulation_steps
+
+    @property
+    def prompts_per_step(self) -> int:
+        """P, per process."""
+        return self.images_per_update * self.num_minibatches // self.num_generations
+
+    def arithmetic(self, world_size: int) -> str:
+        images = self.prompts_per_step * self.num_generations * world_size
+        updates = self.num_minibatches * self.num_iterations
+        return (f"{images} images a step = {self.prompts_per_step} prompts x {self.num_generations} generations x "
+                f"{world_size} processes; {updates} updates a step, each of {self.images_per_update * world_size} "
+                f"images in {self.gradient_accumulation_steps} micro-batches of {self.per_device_train_batch_size}")
+
+
+# ------------------------------------------------------------------------------------------------ mathematics
+
+
+def group_advantages(rewards: Tensor, scale_rewards: str = "group", eps: float = 1e-4) -> Tensor:
+    """rewards float [P, G] -> advantages float [P, G]: (r - mean of its group) / (spread + eps), arXiv 2402.03300 eq. 3.
+
+    The spread is the unbiased standard deviation of the group ("group") or of all rewards ("batch"), or is left out
+    ("none"). A reward that failed (NaN) leaves the statistics of its group and gets a NaN advantage.
+    """
+    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
+    if scale_rewards == "none":
+        return centred
+    if scale_rewards == "batch":
+        return centred / (nan_std(rewards.reshape(1, -1)) + eps)
+    return centred / (nan_std(rewards) + eps)
+
+
+def nan_std(rewards: Tensor) -> Tensor:
+    """Unbiased standard deviation over the last dimension without NaNs; 0 where fewer than two values are left."""
+    valid = ~rewards.isnan()
+    squares = (rewards - rewards.nanmean(dim=-1, keepdim=True)).square().nansum(dim=-1, keepdim=True)
+    return (squares / (valid.sum(dim=-1, keepdim=True) - 1).clamp(min=1)).sqrt()  # [..., 1]
+
+
+def aggregate_advantages(scores: Tensor, weights: list[float], aggregation: str, scale_rewards: str) -> Tensor:
+    """scores [K, P, G] of K rewards -> advantages [P, G]; "sum" mixes rewards first, "normalise" mixes advantages."""
+    weight = torch.tensor(weights, dtype=scores.dtype, device=scores.device)[:, None, None]
+    if aggregation == "sum":
+        return group_advantages((weight * scores).sum(0), scale_rewards)
+    return sum(w * group_advantages(one, scale_rewards) for w, one in zip(weights, scores))
+
+
+def grpo_loss(logps: Tensor, old_logps: Tensor, ref_logps: Tensor | None, advantages: Tensor, *, epsilon: float = 0.2,
+              epsilon_high: float | None = None, beta: float = 0.0, importance_sampling_level: str = "token",
+              ) -> tuple[Tensor, dict[str, Tensor]]:
+    """The clipped objective with a KL penalty (arXiv 2402.03300 eq. 3; k3 estimator of eq. 4), a scalar to minimise.
+
+    logps, old_logps, ref_logps: float [N, L], log-probabilities of the sampled tokens under the trained, the sampling
+    and the reference policy (ref_logps may be None when beta is 0). advantages: float [N]; a NaN takes its sample out.
+    Mean over tokens, then over the remaining samples. Metrics are detached scalars over the same samples.
+    """
+    valid = ~advantages.isnan()  # [N]
+    advantage = advantages.nan_to_num(0.0)[:, None]  # [N, 1]
+    log_ratio = logps - old_logps
+    if importance_sampling_level == "sequence":
+        log_ratio = log_ratio.mean(dim=1, keepdim=True)  # [N, 1]
+    ratio = log_ratio.exp()
+    high = epsilon if epsilon_high is None else epsilon_high
+    loss = -torch.minimum(ratio * advantage, ratio.clamp(1 - epsilon, 1 + high) * advantage)  # [N, L or 1]
+    metrics = {"clip_low": ((ratio < 1 - epsilon) & (advantage < 0)).float(),
+               "clip_high": ((ratio > 1 + high) & (advantage > 0)).float(), "ratio": ratio}
+    if ref_logps is not None:
+        delta = ref_logps - logps
+        metrics["kl"] = delta.exp() - delta - 1  # k3: unbiased and never negative
+    if beta:
+        assert ref_logps is not None, "beta > 0 needs ref_logps"
+        loss = loss + beta * metrics["kl"]
+    return masked_mean(loss, valid), {name: masked_mean(value.detach(), valid) for name, value in metrics.items()}
+
+
+def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
+    """values [N, l], valid bool [N] -> mean over the valid samples (0 when none is left, still differentiable)."""
+    return torch.where(valid, values.mean(dim=1), 0.0).sum() / valid.sum().clamp(min=1)
+
+
+# ---------------------------------------------------------------------------------------------------- a rollout
+
+
+@dataclass
+class Samples:
+    """Scored images of a list of prompts, rows prompt-major."""
+
+    encoded: tuple[Tensor, Tensor | None]  # the prompts' conditions, [P, ...]
+    tokens: Tensor  # int64 [N, L]
+    logps: Tensor  # float32 [N, L]
+    entropies: Tensor  # float32 [N, L]
+    images: Tensor  # uint8 [N, 3, H, W]
+    scores: Tensor  # float32 [K, N], one row per reward
+
+    def gathered(self, group: int, num_prompts: int) -> "Samples":
+        """The samples of all processes, where process r holds every W-th prompt from r on, in the prompts' order."""
+        def collect(rows: Tensor) -> Tensor:
+            ranks = distributed.gather(rows.unflatten(0, (-1, group)))  # [W, P, G, ...]
+            return ranks.transpose(0, 1).flatten(0, 1)[:num_prompts].flatten(0, 1)
+        columns = (self.tokens, self.logps, self.entropies, self.images, self.scores.T)
+        tokens, logps, entropies, images, scores = map(collect, columns)
+        return Samples(self.encoded, tokens, logps, entropies, images, scores.T)
+
+
+@dataclass
+class Rollout:
+    """One step's samples on this process; every tensor has N rows, prompt-major."""
+
+    condition: Tensor  # class ids int64 [N], or caption embeddings [N, T, C]
+    condition_mask: Tensor | None  # bool [N, T]
+    tokens: Tensor  # int64 [N, L]
+    old_logps: Tensor  # float32 [N, L], the sampler's
+    ref_logps: Tensor | None  # float32 [N, L]
+    advantages: Tensor  # float32 [N], NaN where a reward failed
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+    def split(self, size: int) -> Iterator["Rollout"]:
+        """Consecutive parts of `size` rows."""
+        for start in range(0, len(self), size):
+            yield Rollout(**{name: value if value is None else value[start: start + size]
+                             for name, value in vars(self).items()})
+
+
+class TrainingStopped(ValueError):
+    """A guard ended the run; the message says which, why, and what to try."""
+
+
+class GRPOTrainer:
+    """Trains `policy` (models.policy.Policy) on `conditions` for the rewards of `reward_set`.
+
+    scorer: models.policy.Scorer of the policy's transformer; reference: one of the frozen starting model, or None.
+    train_set, eval_set: (conditions, RewardSet); eval_set may be None. run: the RunFolder on rank 0, None elsewhere.
+    save_policy(folder) writes the model files of a checkpoint. image_metrics(images uint8 [M, 3, H, W], conditions) ->
+    {name: number} adds to each evaluation.
+    """
+
+    def __init__(self, config: GRPOConfig, policy, scorer: nn.Module, reference: nn.Module | None, *, train_set: tuple,
+                 eval_set: tuple | None, run, save_policy: Callable[[Path], None],
+                 image_metrics: Callable | None = None):
+        if config.beta and reference is None:
+            raise ValueError("beta > 0 needs a reference model")
+        self.config, self.policy, self.run, self.save_policy = config, policy, run, save_policy
+        self.scorer, self.reference = scorer, reference
+        self.conditions, self.reward_set = train_set
+        self.eval_set, self.image_metrics = eval_set, image_metrics
+        self.device, self.rank, self.world_size = policy.device, distributed.rank(), distributed.world_size()
+        # eval(): dropout would make the scored policy another one than the sampled one.
+        self.model = distributed.replicate(scorer.eval())
+        self.parameters = [p for p in scorer.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate,
+                                           betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
+        self.sampler = PromptSampler(len(self.conditions), config.data_seed)
+        self.bad_updates = 0
+
+    def train(self) -> None:
+        """The whole run: resumes where a checkpoint stands, trains to `exit_step`, leaves a report."""
+        config, step = self.config, self.resume()
+        if step == 0 and config.eval_steps:
+            self.evaluate(0)
+        progress = tqdm(range(step, config.exit_step), initial=step, total=config.exit_step, desc="GRPO",
+                        disable=self.run is None)
+        for step in progress:
+            metrics, started = distributed.Metrics(self.device), time.perf_counter()
+
+            rollout = self.rollout(step, metrics)
+            for _ in range(config.num_iterations):
+                for minibatch in rollout.split(config.images_per_update):
+                    self.update(minibatch, step, metrics)
+
+            finished = step + 1
+            self.log(finished, metrics, time.perf_counter() - started, progress)
+            if config.eval_steps and (finished % config.eval_steps == 0 or finished == config.exit_step):
+                self.evaluate(finished)
+            if finished % config.save_steps == 0 or finished == config.exit_step:
+                self.save(finished)
+        if self.run:
+            write_report(self.run.path)
+            self.run.close()
+        distributed.barrier()
+
+    # -------------------------------------------------------------------------------------------- one step
+
+    def rollout(self, step: int, metrics: distributed.Metrics) -> Rollout:
+        """Samples G images for each of this process's prompts, scores them, and compares each group's members."""
+        config, group = self.config, self.config.num_generations
+        num_prompts = config.prompts_per_step * self.world_size
+        positions = shard(range(num_prompts), self.rank, self.world_size)
+        chosen = self.sampler.indices(step, num_prompts)
+        conditions = [self.conditions[chosen[position]] for position in positions]
+        seeds = row_seeds(config.data_seed, step, positions, group)
+        samples = self.sample_and_score(conditions, seeds, group, self.reward_set, metrics)
+
+        with metrics.timed("seconds/score"):
+            # Every process sees all groups, [K, W P, G]: spreads over the batch and logged means need no more than this.
+            scores = distributed.gather(samples.scores).transpose(0, 1).flatten(1).unflatten(1, (num_prompts, group))
+            advantages = aggregate_advantages(scores, self.reward_set.weights, config.reward_aggregation,
+                                              config.scale_rewards)
+            self.log_rewards(scores, advantages, step, metrics)
+        own = advantages.unflatten(0, (self.world_size, -1))[self.rank].flatten()  # [N]
+
+        with metrics.timed("seconds/reference"):
+            rows = torch.arange(len(conditions), device=self.device).repeat_interleave(group)
+            condition, mask = (None if part is None else part[rows] for part in samples.encoded)
+            inputs = (condition, samples.tokens, mask, config.per_device_train_batch_size)
+            ref_logps = self.policy.score(self.reference, *inputs) if config.beta else None
+            old_logps = samples.logps
+            if self.scorer.guidance_logprob == "conditional":  # the ratio must start at 1: the scorer's own old values
+                old_logps = self.policy.score(self.scorer, *inputs)
+                gap = (old_logps - samples.logps).abs()
+                metrics.add({"logp_gap_mean": gap.mean()})
+                metrics.add_max({"logp_gap_max": gap.max()})
+        return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
+
+    @torch.no_grad()
+    def sample_and_score(self, conditions, seeds, group: int, reward_set, metrics: distributed.Metrics) -> Samples:
+        """`rollout_batch_size` images at a time; rows are prompt-major."""
+        per_batch = self.config.rollout_batch_size // group or len(conditions)
+        parts = []
+        with metrics.timed("seconds/encode"):
+            encoded = self.policy.encode(conditions)
+        for start in range(0, len(conditions), per_batch):
+            prompts = slice(start, start + per_batch)
+            with metrics.timed("seconds/sample"):
+                generation = self.policy.sample(*(None if part is None else part[prompts] for part in encoded),
+                                                seeds[start * group: (start + per_batch) * group], group)
+            with metrics.timed("seconds/decode"):
+                images = self.policy.decode(generation.tokens)
+            with metrics.timed("seconds/score"):
+                asked = [condition for condition in conditions[prompts] for _ in range(group)]
+                _, scores = reward_set(images, [c.prompt for c in asked], [c.metadata for c in asked])
+                scores = torch.stack([scores[name].to(self.device) for name in reward_set.names], dim=1)  # [n, K]
+            parts.append((generation.tokens, generation.logps, generation.entropies, images, scores))
+        tokens, logps, entropies, images, scores = (torch.cat(column) for column in zip(*parts))
+        return Samples(encoded, tokens, logps, entropies, images, scores.T)
+
+    def update(self, minibatch: Rollout, step: int, metrics: distributed.Metrics) -> None:
+        """One optimizer update, in micro-batches whose gradients add up to that of the whole minibatch."""
+        config = self.config
+        num_valid = distributed.reduce((~minibatch.advantages.isnan()).sum(), "sum", self.device)
+        micro_batches = list(minibatch.split(config.per_device_train_batch_size))
+        gaps = []
+        with metrics.timed("seconds/update"):
+            for i, micro in enumerate(micro_batches):
+                with distributed.no_sync(self.model, skip=i + 1 < len(micro_batches)):
+                    with self.policy.autocast():
+                        logps, entropies = self.model(micro.condition, micro.tokens, micro.condition_mask)  # [n, L]
+                    loss, parts = grpo_loss(
+                        logps, micro.old_logps, micro.ref_logps, micro.advantages, beta=config.beta,
+                        epsilon=config.epsilon, epsilon_high=config.epsilon_high,
+                        importance_sampling_level=config.importance_sampling_level)
+                    valid = (~micro.advantages.isnan()).sum()
+                    # DDP averages over processes; the objective is a mean over all samples of the minibatch.
+                    (loss * valid * self.world_size / max(num_valid, 1)).backward()
+                gaps.append((logps.detach() - micro.old_logps).abs())
+                metrics.add({"loss": loss.detach(), "entropy": entropies.mean(), **parts}, weight=valid)
+            self.check_sampler_agrees(torch.cat(gaps), metrics)
+            self.apply_gradient(step, metrics)
+
+    def check_sampler_agrees(self, gaps: Tensor, metrics: distributed.Metrics) -> None:
+        """The parity gate: before a rollout's first update, sampler and trainer must hold the same policy."""
+        if "grad_norm" in metrics or self.scorer.guidance_logprob == "conditional":
+            return
+        metrics.add({"logp_gap_mean": gaps.mean()})
+        metrics.add_max({"logp_gap_max": gaps.max()})
+        largest = distributed.reduce(gaps.max(), "max", self.device)
+        if not largest <= self.config.max_logp_gap:
+            raise TrainingStopped(
+                f"the sampler's and the trainer's log-probabilities differ by up to {largest:.3g} nats, above "
+                f"--max_logp_gap {self.config.max_logp_gap}: they disagree on the policy (other precision or kernels?)")
+
+    def apply_gradient(self, step: int, metrics: distributed.Metrics) -> None:
+        config = self.config
+        rate = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are averaged
+        if finite:
+            self.optimizer.step()
+        self.optimizer.zero_grad()
+        self.bad_updates = 0 if finite else self.bad_updates + 1
+        metrics.add({"grad_norm": grad_norm, "learning_rate": rate, "skipped_updates": float(not finite)})
+        if self.bad_updates >= config.max_bad_updates:
+            raise TrainingStopped(f"step {step}: {self.bad_updates} updates in a row had a non-finite gradient "
+                                  "(--max_bad_updates): lower --learning_rate, or look for NaNs in the weights")
+
+    # -------------------------------------------------------------------------------------------- rare work
+
+    def resume(self) -> int:
+        """Loads the newest good checkpoint, if there is one; returns the number of finished steps."""
+        found = distributed.broadcast_object(self.run.latest_checkpoint() if self.run else None)
+        step = 0
+        if found is not None:
+            folder, step = found
+            load_model(self.scorer.gpt, folder / "model.safetensors", device=str(self.device))
+            state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.bad_updates = state["bad_updates"]
+            torch.set_rng_state(state["rng"].cpu())
+        if self.run:
+            self.run.truncate(step if found else -1)
+        return step
+
+    def save(self, step: int) -> None:
+        def write(folder: Path) -> None:
+            self.save_policy(folder)
+            torch.save({"optimizer": self.optimizer.state_dict(), "bad_updates": self.bad_updates,
+                        "rng": torch.get_rng_state(), "step": step}, folder / "trainer.pt")
+        if self.run:
+            self.run.save_checkpoint(step, write, self.config.save_total_limit)
+        distributed.barrier()
+
+    def evaluate(self, step: int) -> None:
+        """Held-out prompts with the same seeds each time: rewards with standard errors, diversity, a sample grid."""
+        if self.eval_set is None:
+            return
+        (conditions, reward_set), group = self.eval_set, self.config.eval_generations
+        per_rank = math.ceil(len(conditions) / self.world_size)
+        positions = [p % len(conditions) for p in range(self.rank, per_rank * self.world_size, self.world_size)]
+        metrics = distributed.Metrics(self.device)
+        samples = self.sample_and_score([conditions[p] for p in positions],
+                                        row_seeds(self.config.data_seed, EVAL_STEP, positions, group), group,
+                                        reward_set, metrics)
+        samples = samples.gathered(group, len(conditions))
+        asked = [condition for condition in conditions for _ in range(group)]
+        numbers = {"eval/entropy": samples.entropies.mean(), "eval/token_hamming": token_hamming(samples.tokens, group)}
+        for name, scores in zip(reward_set.names, samples.scores):
+            numbers[f"eval/rewards/{name}"] = scores.nanmean()
+            numbers[f"eval/rewards/{name}_stderr"] = nan_std(scores).squeeze() / (~scores.isnan()).sum().sqrt()
+        if self.run:
+            if self.image_metrics is not None:
+                numbers.update({f"eval/{name}": value for name, value in
+                                self.image_metrics(samples.images, asked).items()})
+            self.run.log(step, numbers)
+            shown = [f"{condition.prompt}\n" + ", ".join(f"{name} {score:.2f}" for name, score
+                                                         in zip(reward_set.names, column))
+                     for condition, column in zip(asked[:32], samples.scores.T.tolist())]
+            self.run.save_grid(step, samples.images[:32].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
+        distributed.barrier()
+
+    # ---------------------------------------------------------------------------------------------- logging
+
+    def log_rewards(self, scores: Tensor, advantages: Tensor, step: int, metrics: distributed.Metrics) -> None:
+        """scores [K, P, G] and advantages [P, G] of all processes; too many failed scores end the run."""
+        totals = (torch.tensor(self.reward_set.weights, device=self.device)[:, None, None] * scores).sum(0)
+        failed = advantages.isnan().float().mean().item()
+        metrics.add({"reward": totals.nanmean(), "reward_std": nan_std(totals).mean(), "reward_failures": failed,
+                     "zero_spread_groups": (advantages.nan_to_num(0.0) == 0).all(dim=1).sum(),
+                     **{f"rewards/{name}": one.nanmean() for name, one in zip(self.reward_set.names, scores)}})
+        if failed > self.config.max_reward_failures:
+            self.save(step)
+            counts = ", ".join(f"{name} {one.isnan().sum().item()}" for name, one in
+                               zip(self.reward_set.names, scores))
+            raise TrainingStopped(f"step {step}: {failed:.0%} of the images have no reward (failures: {counts}), above "
+                                  f"--max_reward_failures {self.config.max_reward_failures}; saved checkpoint-{step}")
+
+    def log(self, step: int, metrics: distributed.Metrics, seconds: float, progress: tqdm) -> None:
+        numbers = metrics.means()
+        images = self.config.prompts_per_step * self.config.num_generations * self.world_size
+        numbers.update({"images_per_sec": images / seconds, "seconds/step": seconds})
+        if self.run:
+            self.run.log(step, numbers)
+            progress.set_postfix(reward=f"{numbers['reward']:.3f}", kl=f"{numbers.get('kl', 0.0):.4f}")
+
+
+def learning_rate(config: GRPOConfig, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0 at `exit_step`."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    if config.lr_scheduler == "constant":
+        return config.learning_rate
+    done = (step - config.warmup_steps) / max(1, config.exit_step - config.warmup_steps)
+    return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def token_hamming(tokens: Tensor, group: int) -> Tensor:
+    """Mean share of positions at which two images of the same prompt differ; tokens [P G, L]. 0: all alike."""
+    groups = tokens.unflatten(0, (-1, group))  # [P, G, L]
+    differ = (groups[:, :, None] != groups[:, None]).float().mean(dim=(0, 3))  # [G, G]
+    return differ.sum() / max(1, group * (group - 1))

@@ -1,0 +1,88 @@
+"""From flags to a `Policy`: which transformer, tokenizer and text encoder, loaded and put together; and back to a folder.
+
+A checkpoint folder is model.safetensors (LlamaGen's keys) + model.json, which names everything else that sampling
+needs: the tokenizer, the text encoder, the labels and the sampling settings.
+"""
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+
+import torch
+
+from models.checkpoint import load_gpt, load_vq, read_manifest, save_model
+from models.generate import SamplingConfig
+from models.gpt import GPT
+from models.policy import Policy
+from models.text import TextEncoder
+
+
+@dataclass(frozen=True)
+class PolicyConfig:
+    gpt_ckpt: str = field(metadata={"help": "LlamaGen .pt, safetensors, an AR-GRPO folder, or a folder of ours"})
+    vq_ckpt: str = field(metadata={"help": "VQ tokenizer, likewise"})
+    gpt_type: str = "c2i"  # c2i: class to image; t2i: text to image
+    gpt_model: str | None = field(default=None, metadata={"help": "row of GPT_SIZES; none: read the folder's model.json"})
+    vq_model: str | None = field(default=None, metadata={"help": "row of VQ_SIZES; none: read the folder's model.json"})
+    image_size: int = 256
+    num_classes: int = 1000
+    class_names: str = field(default="imagenet", metadata={
+        "help": "imagenet, shapes, a list file (.txt, .json), or a folder of class folders"})
+    cls_token_num: int = field(default=1, metadata={"help": "condition tokens: 1 for classes, 120 for captions"})
+    caption_dim: int = 2048
+    t5_path: str = "google/flan-t5-xl"
+    t5_cache: str | None = field(default=None, metadata={"help": "caption embeddings of dataset.encode_prompts"})
+    bf16: bool = field(default=False, metadata={"help": "bf16 autocast for sampling and training (weights stay fp32)"})
+    decode_batch_size: int = 64  # images decoded at a time
+
+    def __post_init__(self):
+        if self.gpt_type not in ("c2i", "t2i"):
+            raise ValueError(f"gpt_type must be c2i or t2i, got {self.gpt_type!r}")
+
+
+def load_policy(config: PolicyConfig, sampling: SamplingConfig, device: torch.device) -> Policy:
+    """Frozen tokenizer and text encoder, float32 transformer in eval mode, on `device`."""
+    vq = load_vq(config.vq_ckpt, config.vq_model).to(device).requires_grad_(False)
+    gpt = load_transformer(config, vq.config.downsample, vq.config.codebook_size).to(device)
+    encoder = None
+    if config.gpt_type == "t2i":
+        encoder = TextEncoder(config.t5_path, max_length=gpt.config.cls_token_num, device=str(device),
+                              cache_path=config.t5_cache)
+        if encoder.model.config.d_model != gpt.config.caption_dim:
+            raise ValueError(f"{config.t5_path} gives {encoder.model.config.d_model}-dimensional caption features, but "
+                             f"{config.gpt_ckpt} reads {gpt.config.caption_dim}: it was trained with another --t5_path")
+    return Policy(gpt, vq, sampling, encoder, torch.bfloat16 if config.bf16 else None, config.decode_batch_size)
+
+
+def load_transformer(config: PolicyConfig, downsample: int, codebook_size: int) -> GPT:
+    side = config.image_size // downsample
+    if config.gpt_model is None and read_manifest(config.gpt_ckpt) is None:
+        raise ValueError(f"{config.gpt_ckpt}: name its size with --gpt_model (only folders of ours carry a model.json)")
+    if config.gpt_model is None:
+        gpt = load_gpt(config.gpt_ckpt)
+    else:
+        gpt = load_gpt(config.gpt_ckpt, config.gpt_model, model_type=config.gpt_type, block_size=side ** 2,
+                       vocab_size=codebook_size, num_classes=config.num_classes, cls_token_num=config.cls_token_num,
+                       caption_dim=config.caption_dim)
+    if gpt.config.model_type != config.gpt_type:
+        raise ValueError(f"{config.gpt_ckpt} is a {gpt.config.model_type} model, but --gpt_type is {config.gpt_type}")
+    if gpt.config.grid != (side, side):
+        raise ValueError(f"{config.gpt_ckpt} writes {gpt.config.grid[0]} x {gpt.config.grid[1]} tokens, but --image_size "
+                         f"{config.image_size} with a tokenizer that downsamples by {downsample} needs {side} x {side}")
+    if gpt.config.vocab_size != codebook_size:
+        raise ValueError(f"{config.gpt_ckpt} has {gpt.config.vocab_size} tokens, the tokenizer {config.vq_ckpt} "
+                         f"{codebook_size}")
+    return gpt
+
+
+def save_policy(folder: Path, policy: Policy, config: PolicyConfig) -> None:
+    """model.safetensors and model.json; the tokenizer and the text encoder are named, not copied."""
+    save_model(folder, policy.gpt, policy=asdict(config), sampling=asdict(policy.sampling))
+
+
+def stored_settings(path: str | Path) -> tuple[dict, dict]:
+    """(PolicyConfig fields, SamplingConfig fields) that a checkpoint folder of a run carries; empty for other files."""
+    manifest = read_manifest(path) or {}
+    stored = []
+    for name, cls in (("policy", PolicyConfig), ("sampling", SamplingConfig)):
+        known = {f.name for f in fields(cls)}
+        stored.append({key: value for key, value in manifest.get(name, {}).items() if key in known})
+    return tuple(stored)

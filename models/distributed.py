@@ -1,0 +1,132 @@
+"""The one place that talks to torch.distributed; the rest of the code reads as a single process.
+
+Works plainly without torchrun (world size 1, no process group). Sharding is left out: parameters are replicated (DDP).
+"""
+import os
+import time
+from contextlib import contextmanager, nullcontext
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+
+def setup(timeout_sec: float = 1800.0) -> torch.device:
+    """Joins torchrun's process group when there is one; returns this process's device."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_sec))
+    return device
+
+
+def shutdown() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def broadcast_object(value):
+    """Rank 0's value, on every rank."""
+    if not dist.is_initialized():
+        return value
+    box = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def gather(tensor: Tensor) -> Tensor:
+    """Equal-shaped tensors of all ranks -> [W, ...], rank-major, on every rank."""
+    if not dist.is_initialized():
+        return tensor.unsqueeze(0)
+    parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size())]
+    dist.all_gather(parts, tensor.contiguous())
+    return torch.stack(parts)
+
+
+def reduce(value: float | Tensor, op: str, device: torch.device) -> float:
+    """sum, max or mean of a number over ranks."""
+    tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
+    if dist.is_initialized():
+        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+    return tensor.item() / (world_size() if op == "mean" else 1)
+
+
+def replicate(module: nn.Module) -> nn.Module:
+    """Same weights on every rank, gradients averaged over ranks in backward."""
+    if not dist.is_initialized():
+        return module
+    device_ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
+    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False)
+
+
+def no_sync(module: nn.Module, skip: bool):
+    """Context in which backward leaves gradients local (`skip`): all but the last micro-batch of an update."""
+    return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+class Metrics:
+    """Running numbers of one step by name: weighted means and maxima over batches and processes, and seconds.
+
+    Every process must add the same names in the same order. Values stay on the device until `means`.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.sums: dict[str, Tensor] = {}  # name -> [weighted sum, weight]
+        self.maxima: dict[str, Tensor] = {}
+        self.seconds: dict[str, float] = {}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sums
+
+    def add(self, values: dict, weight: float | Tensor = 1.0) -> None:
+        weight = torch.as_tensor(weight, dtype=torch.float64, device=self.device)
+        for name, value in values.items():
+            entry = torch.stack([torch.as_tensor(value, dtype=torch.float64, device=self.device) * weight, weight])
+            self.sums[name] = self.sums[name] + entry if name in self.sums else entry
+
+    def add_max(self, values: dict[str, Tensor]) -> None:
+        for name, value in values.items():
+            value = value.detach().double()
+            self.maxima[name] = torch.maximum(self.maxima[name], value) if name in self.maxima else value
+
+    @contextmanager
+    def timed(self, name: str):
+        """Adds the seconds spent inside to `name`, the device's queue included."""
+        started = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def means(self) -> dict[str, float]:
+        """Means and maxima over processes; seconds are this process's own."""
+        numbers = dict(self.seconds)
+        if self.sums:
+            totals, weights = gather(torch.stack(list(self.sums.values()))).sum(0).T  # each [number of names]
+            numbers.update(zip(self.sums, (totals / weights.clamp(min=1e-12)).tolist()))
+        if self.maxima:
+            numbers.update(zip(self.maxima, gather(torch.stack(list(self.maxima.values()))).amax(0).tolist()))
+        return numbers

@@ -1,0 +1,102 @@
+"""GRPO for class-to-image generators: flags -> policy, rewards, classes -> trainer.
+
+    bash run_c2i_train.sh                                        # sets up, then the shapes world
+    python train_c2i.py --config c2i_shapes --run_name try --beta 0.02
+    torchrun --nproc_per_node 4 train_c2i.py --config c2i_llamagen_xl_384
+
+Running the same command again resumes. The objective is in grpo_trainer.py, sampling and scoring in models/; this file
+only puts them together, for train_t2i.py as well.
+"""
+import copy
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from dataset import Condition
+from dataset.labels import class_conditions, load_class_names
+from grpo_trainer import GRPOConfig, GRPOTrainer
+from img_gen_grpo_rewards import RewardSet
+from models import distributed
+from models.build import PolicyConfig, load_policy, save_policy
+from models.config import one_line_errors, parse_args, resolved
+from models.generate import SamplingConfig
+from models.policy import GUIDANCE_MODES, Scorer
+from models.run_folder import RunFolder
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_name: str = field(metadata={"help": "the run is written to output_dir/run_name"})
+    reward_funcs: list[str] = field(metadata={"help": "names of img_gen_grpo_rewards.REWARDS"})
+    reward_weights: list[float] | None = None  # None: 1 each
+    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": "none: reward_funcs"})
+    eval_num_prompts: int = field(default=32, metadata={"help": "held-out prompts (or classes) of an evaluation"})
+    image_statistics: str = field(default="none", metadata={"help": "shapes: FID and diversity in evaluations"})
+    output_dir: str = "checkpoints"
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    guidance_logprob: str = field(default="guided", metadata={"help": " | ".join(GUIDANCE_MODES)})
+    head_chunk_tokens: int = field(default=1024, metadata={"help": "tokens whose logits are held at a time"})
+    gradient_checkpointing: bool = False
+    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
+
+    def __post_init__(self):
+        if self.image_statistics not in ("none", "shapes"):
+            raise ValueError(f"image_statistics must be none or shapes, got {self.image_statistics!r}")
+
+
+def train(configs: tuple, train_conditions: list[Condition], eval_conditions: list[Condition]) -> None:
+    """configs: (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, ...); the conditions are shared by all processes."""
+    run_config, policy_config, sampling, grpo = configs[:4]
+    device = distributed.setup()
+    if run_config.num_threads:
+        torch.set_num_threads(run_config.num_threads)
+    logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
+    logging.getLogger(__name__).info(grpo.arithmetic(distributed.world_size()))
+    reward_set = RewardSet(run_config.reward_funcs, run_config.reward_weights, device)
+    eval_rewards = RewardSet(run_config.eval_reward_funcs or run_config.reward_funcs, None, device)
+    policy = load_policy(policy_config, sampling, device)
+    scorer = Scorer(policy.gpt, sampling, run_config.guidance_logprob, run_config.head_chunk_tokens)
+    reference = None
+    if grpo.beta:
+        frozen = copy.deepcopy(policy.gpt).requires_grad_(False)
+        reference = Scorer(frozen, sampling, run_config.guidance_logprob, run_config.head_chunk_tokens)
+    policy.gpt.gradient_checkpointing = run_config.gradient_checkpointing
+    run = None
+    if distributed.is_main():
+        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, resolved(*configs), run_config.report_to)
+    GRPOTrainer(grpo, policy, scorer, reference, train_set=(train_conditions, reward_set),
+                eval_set=(eval_conditions, eval_rewards), run=run,
+                save_policy=lambda folder: save_policy(folder, policy, policy_config),
+                image_metrics=image_metrics(run_config, policy_config)).train()
+    distributed.shutdown()
+
+
+def image_metrics(run_config: RunConfig, policy_config: PolicyConfig) -> Callable | None:
+    if run_config.image_statistics == "none" or not distributed.is_main():
+        return None
+    from benchmark.shapes.statistics import shapes_statistics  # renders its reference: only where it is asked for
+    return shapes_statistics(policy_config.gpt_type)
+
+
+def spread_out(items: list, count: int) -> list:
+    """`count` items evenly over the list, or all of them."""
+    count = min(count, len(items))
+    return [items[i * len(items) // count] for i in range(count)]
+
+
+def main() -> None:
+    configs = parse_args((RunConfig, PolicyConfig, SamplingConfig, GRPOConfig), description=__doc__)
+    run_config, policy_config = configs[:2]
+    classes = class_conditions(load_class_names(policy_config.class_names))
+    if len(classes) != policy_config.num_classes:
+        raise ValueError(f"--class_names {policy_config.class_names} holds {len(classes)} names, but --num_classes is "
+                         f"{policy_config.num_classes}")
+    train(configs, classes, spread_out(classes, run_config.eval_num_prompts))
+
+
+if __name__ == "__main__":
+    with one_line_errors():
+        main()
