@@ -9,6 +9,7 @@ Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.p
 
 Shapes: P prompts per process and step, G generations per prompt, N = P G images, L tokens per image.
 """
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -23,6 +24,8 @@ from tqdm import tqdm
 from dataset.sampler import PromptSampler, row_seeds, shard
 from models import distributed
 from models.report import write_report
+
+logger = logging.getLogger(__name__)
 
 EVAL_STEP = -1  # the step that keys evaluation seeds: the same images are asked for each time
 
@@ -65,8 +68,9 @@ class GRPOConfig:
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches",
-                     "num_iterations", "exit_step", "save_steps", "eval_generations"):
-            if getattr(self, name) < 1:
+                     "num_iterations", "exit_step", "save_steps", "save_total_limit", "eval_generations",
+                     "max_bad_updates"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 (advantages are relative to the group), got "
@@ -106,18 +110,23 @@ def group_advantages(rewards: Tensor, scale_rewards: str = "group", eps: float =
     The spread is the unbiased standard deviation of the group ("group") or of all rewards ("batch"), or is left out
     ("none"). A reward that failed (NaN) leaves the statistics of its group and gets a NaN advantage.
     """
-    centred = rewards - rewards.nanmean(dim=1, keepdim=True)
     if scale_rewards == "none":
-        return centred
+        return centred(rewards)
     if scale_rewards == "batch":
-        return centred / (nan_std(rewards.reshape(1, -1)) + eps)
-    return centred / (nan_std(rewards) + eps)
+        return centred(rewards) / (nan_std(rewards.reshape(1, -1)) + eps)
+    return centred(rewards) / (nan_std(rewards) + eps)
+
+
+def centred(rewards: Tensor) -> Tensor:
+    """Minus the mean over the last dimension without NaNs; exactly 0 where all are equal (their mean is rounded)."""
+    shifted = rewards - rewards.nan_to_num(torch.inf).amin(dim=-1, keepdim=True)
+    return shifted - shifted.nanmean(dim=-1, keepdim=True)
 
 
 def nan_std(rewards: Tensor) -> Tensor:
     """Unbiased standard deviation over the last dimension without NaNs; 0 where fewer than two values are left."""
     valid = ~rewards.isnan()
-    squares = (rewards - rewards.nanmean(dim=-1, keepdim=True)).square().nansum(dim=-1, keepdim=True)
+    squares = centred(rewards).square().nansum(dim=-1, keepdim=True)
     return (squares / (valid.sum(dim=-1, keepdim=True) - 1).clamp(min=1)).sqrt()  # [..., 1]
 
 
@@ -241,6 +250,8 @@ class GRPOTrainer:
     def train(self) -> None:
         """The whole run: resumes where a checkpoint stands, trains to `exit_step`, leaves a report."""
         config, step = self.config, self.resume()
+        if step:
+            logger.info("resuming after step %d%s", step, ": the run is finished" * (step >= config.exit_step))
         if step == 0 and config.eval_steps:
             self.evaluate(0)
         progress = tqdm(range(step, config.exit_step), initial=step, total=config.exit_step, desc="GRPO",
@@ -384,7 +395,7 @@ class GRPOTrainer:
             self.bad_updates = state["bad_updates"]
             torch.set_rng_state(state["rng"].cpu())
         if self.run:
-            self.run.truncate(step if found else -1)
+            self.run.truncate(step or -1)  # step 0 is evaluated again
         return step
 
     def save(self, step: int) -> None:
