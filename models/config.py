@@ -15,6 +15,7 @@ import math
 import os
 import sys
 import types
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
@@ -46,8 +47,13 @@ class _Parser(argparse.ArgumentParser):
         self.exit(2, f"error: {_one_line(message)}\n")  # argparse's own prints the whole usage first
 
 
-def parse_args(dataclass_types: tuple[type, ...], argv: list[str] | None = None, description: str = "") -> tuple:
-    """One instance per dataclass type. A mistake ends the process: one line on stderr, exit status 2."""
+def parse_args(dataclass_types: tuple[type, ...], argv: list[str] | None = None, description: str = "",
+               defaults: Callable[[dict], dict] | None = None, ignored_keys: Collection[str] = ()) -> tuple:
+    """One instance per dataclass type. A mistake ends the process: one line on stderr, exit status 2.
+
+    defaults(given values) -> values for fields that neither flags nor the preset give; other names in it are passed
+    over. ignored_keys: what a preset may hold for another script, see `key_names`.
+    """
     options = _options(dataclass_types)
     parser = _build_parser(options, description)
     flags, unknown = parser.parse_known_args(argv)
@@ -56,12 +62,20 @@ def parse_args(dataclass_types: tuple[type, ...], argv: list[str] | None = None,
         if unknown:
             raise ValueError(_unknown_flag(unknown[0], options))
         preset = given.pop("config", None)
-        values = _read_preset(preset, options) if preset is not None else {}
+        values = _read_preset(preset, options, ignored_keys) if preset else {}  # --config "": none
         for name, words in given.items():
             values[name] = _convert_at(f"flag --{name}", words, options[name].kind)
+        stored = defaults(values) if defaults is not None else {}
+        for name in options.keys() & stored.keys() - values.keys():
+            values[name] = _convert_at(f"stored setting {name!r}", stored[name], options[name].kind)
         return tuple(_build(cls, options, values) for cls in dataclass_types)
     except ValueError as error:
         parser.error(str(error))
+
+
+def key_names(*dataclass_types: type) -> set[str]:
+    """Every name that a preset for these types may hold, aliases included."""
+    return set(_all_names(_options(dataclass_types)))
 
 
 def resolved(*instances) -> dict[str, Any]:
@@ -169,13 +183,15 @@ def _preset_path(name_or_path: str) -> Path:
     raise ValueError(f"--config {name_or_path}: no such file, and no such preset in {CONFIG_DIR}{hint}")
 
 
-def _read_preset(name_or_path: str, options: dict[str, _Option]) -> dict[str, Any]:
+def _read_preset(name_or_path: str, options: dict[str, _Option], ignored_keys: Collection[str]) -> dict[str, Any]:
     path = _preset_path(name_or_path)
     names = _all_names(options)
     values: dict[str, Any] = {}
     for line, key, value in _yaml_items(path):
+        if key in ignored_keys:
+            continue
         if key not in names:
-            raise ValueError(f"{path} line {line}: unknown key {key!r}{_closest(key, names)}")
+            raise ValueError(f"{path} line {line}: unknown key {key!r}{_closest(key, [*names, *ignored_keys])}")
         if names[key] in values:
             raise ValueError(f"{path} line {line}: {names[key]!r} is given twice")
         values[names[key]] = _convert_at(f"{path} line {line}, key {key!r}", value, options[names[key]].kind)

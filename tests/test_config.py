@@ -7,7 +7,7 @@ from typing import Literal, Optional
 import pytest
 
 from models import config
-from models.config import one_line_errors, parse_args, resolved
+from models.config import key_names, one_line_errors, parse_args, resolved
 
 
 @dataclass(frozen=True)
@@ -147,6 +147,37 @@ def test_required_fields(capsys):
 
     assert "--ckpt" in refused(capsys, types=(Sample,))
     assert parse_args((Sample,), ["--ckpt", "5"], "")[0].ckpt == "5"
+
+
+def test_stored_defaults_stand_below_preset_and_flags(preset, capsys):
+    def stored(given):
+        assert given["learning_rate"] == 1e-4 and "bf16" not in given
+        return {"num_generations": 6, "learning_rate": 9.0, "cfg_scale": 3, "gpt_ckpt": "x", "foreign": 1}
+
+    argv = ["--config", preset("learning_rate: 1e-4"), "--cfg_scale", "2"]
+    train, model = parse_args((Train, Model), argv, defaults=stored)
+    assert train == Train(num_generations=6, learning_rate=1e-4) and model == Model(gpt_ckpt="x", cfg_scale=2.0)
+
+    def broken(given):
+        return {"bf16": "perhaps"}
+
+    with pytest.raises(SystemExit):
+        parse_args((Train, Model), [], defaults=broken)
+    assert capsys.readouterr().err == "error: stored setting 'bf16': expected true or false, got 'perhaps'\n"
+
+
+def test_a_preset_of_another_script(preset, capsys):
+    path = preset("num_generations: 8\ngen_cfg_cfg_scale: 2\nbf16: true")
+    assert key_names(Model) == {"gpt_ckpt", "cfg_scale", "gen_cfg_cfg_scale", "reward_funcs", "reward_weights"}
+    (train,) = parse_args((Train,), ["--config", path], ignored_keys={*key_names(Model), "num_generations"})
+    assert train == Train(bf16=True)
+    with pytest.raises(SystemExit):
+        parse_args((Train,), ["--config", preset("cfg_scal: 2")], ignored_keys=key_names(Model))
+    assert "unknown key 'cfg_scal'; did you mean cfg_scale?" in capsys.readouterr().err
+
+
+def test_an_empty_config_is_none():
+    assert parse("--config", "") == (Train(), Model())
 
 
 def test_a_name_in_two_dataclasses_is_a_programming_error():
