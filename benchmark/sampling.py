@@ -1,0 +1,248 @@
+"""Write sampled images: what sample_c2i.py and sample_t2i.py share.
+
+Image i depends on its condition and its own seed alone. Processes take whole batches whose composition doesn't depend
+on how many processes there are, so their number changes no bit. Another batch size uses the same random numbers and
+decodes alike; its matrix products may round differently, which changes an image only where a draw falls within that
+rounding of the edge between two tokens: seldom in float32, more often in bf16.
+
+Left out: the order of work between processes (there is none), and detecting damage in the middle of a PNG.
+
+Shapes: N images, L tokens, H W pixels.
+"""
+import hashlib
+import json
+import os
+import struct
+import zipfile
+from collections.abc import Collection, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+
+from benchmark.lookup import Model, find_model
+from dataset import Condition
+from models import distributed
+from models.build import PolicyConfig
+from models.config import parse_args
+from models.generate import SamplingConfig
+from models.policy import Policy, to_uint8
+from models.run_folder import atomic_write_text
+
+IMAGE, LABEL = 0, 1  # what a random number is for: the `step` of dataset.sampler.row_seed
+SETTINGS_FILE = "sampling.json"
+PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
+NUM_WRITERS = 8  # threads that compress PNGs; zlib works outside the interpreter's lock
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    model: str = field(metadata={"help": "a run, a run's or checkpoint's folder, or a file; replaces gpt_ckpt"})
+    step: str = field(default="latest", metadata={
+        "help": "of a run: a number, latest, or base (what it started from); of anything else a label"})
+    runs_dir: str = "checkpoints"
+    results_dir: str = "test_results"
+    cfg_label: str | None = field(default=None, metadata={"help": "cfg_scale as the results' folder spells it"})
+    seed: int = 0
+    batch_size: int = 64
+    eval_image_size: int | None = field(default=None, metadata={
+        "help": "resize decoded images (bicubic, before rounding): LlamaGen evaluates its 384 models at 256"})
+
+    def __post_init__(self):
+        for name in ("batch_size", "eval_image_size"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One call of a sampling script, resolved."""
+
+    config: SampleConfig
+    own: object  # the script's own dataclass
+    policy: PolicyConfig
+    sampling: SamplingConfig
+    model: Model
+
+    @property
+    def folder(self) -> Path:
+        label = self.config.cfg_label or f"{self.sampling.cfg_scale:g}"
+        return Path(self.config.results_dir) / f"{self.model.name}_{self.model.step}_{label}"
+
+    @property
+    def is_shapes(self) -> bool:
+        return self.policy.class_names == "shapes"
+
+    @property
+    def size(self) -> int:
+        return self.config.eval_image_size or self.policy.image_size
+
+    def protocol(self) -> str:
+        """How the images came about, on one line."""
+        size = f"{self.policy.image_size} px as decoded"
+        if self.size != self.policy.image_size:
+            size = f"decoded at {self.policy.image_size} px, bicubic to {self.size} px before rounding"
+        settings = " ".join(f"{key} {value}" for key, value in asdict(self.sampling).items())
+        precision = "bf16" if self.policy.bf16 else "float32"
+        return f"{size}, rounded to uint8; {settings}; seed {self.config.seed}; {precision}"
+
+
+@dataclass(frozen=True)
+class Sample:
+    path: Path
+    condition: Condition
+    seed: int
+
+
+def parse_job(argv: list[str] | None, kind: str, own: type, training_keys: Collection[str], description: str) -> Job:
+    """Flags over --config (whose training settings are passed over) over what the checkpoint stores."""
+    def defaults(given: dict) -> dict:
+        if "model" not in given:
+            return {}
+        model = find_model(given["model"], given.get("step", SampleConfig.step),
+                           given.get("runs_dir", SampleConfig.runs_dir))
+        cls_token_num = {"c2i": 1, "t2i": 120}[kind]
+        return {"gpt_type": kind, "cls_token_num": cls_token_num, **model.settings, "gpt_ckpt": model.gpt_ckpt,
+                "decode_batch_size": 1}  # convolutions round differently in other batches: a pixel in 20,000, by 1
+
+    types = (SampleConfig, own, PolicyConfig, SamplingConfig)
+    config, own_config, policy, sampling = parse_args(types, argv, description, defaults, training_keys)
+    model = find_model(config.model, config.step, config.runs_dir)
+    if policy.gpt_type != kind:
+        other = "test.sh or sample_c2i.py" if kind == "t2i" else "test_t2i.sh or sample_t2i.py"
+        raise ValueError(f"{model.gpt_ckpt} is a {policy.gpt_type} model: sample it with {other}")
+    return Job(config, own_config, replace(policy, gpt_ckpt=model.gpt_ckpt), sampling, model)
+
+
+def claim_folder(job: Job, policy: Policy, conditions: str) -> None:
+    """Makes the folder and records what its images depend on; a folder of other images is refused.
+
+    conditions: what stands for the labels or prompts. How many images there are, and the batch size, is left open.
+    """
+    settings = {"weights": fingerprint(policy), "conditions": conditions, "seed": job.config.seed,
+                "eval_image_size": job.config.eval_image_size, "bf16": job.policy.bf16, **asdict(job.sampling)}
+    file = job.folder / SETTINGS_FILE
+    if file.is_file():
+        stored = json.loads(file.read_text(encoding="utf-8"))
+        changes = [f"{key}: {stored.get(key)} -> {settings.get(key)}" for key in {**stored, **settings}
+                   if stored.get(key) != settings.get(key)]
+        if changes:
+            raise ValueError(f"{job.folder} holds images of other settings ({'; '.join(changes)}): delete it, or give "
+                             "another --results_dir")
+        return
+    if job.folder.is_dir() and any(job.folder.iterdir()):
+        raise ValueError(f"{job.folder} holds files but no {SETTINGS_FILE}: delete it, or give another --results_dir")
+    job.folder.mkdir(parents=True, exist_ok=True)
+    atomic_write_text(file, json.dumps(settings, indent=2) + "\n")
+
+
+def fingerprint(policy: Policy) -> str:
+    """Tells weights apart by the first values of each tensor: an update moves nearly all of them."""
+    digest = hashlib.blake2b(digest_size=8)
+    for module in (policy.gpt, policy.vq):
+        for name, tensor in module.state_dict().items():
+            digest.update(name.encode() + tensor.flatten()[:64].cpu().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def write_samples(policy: Policy, samples: Sequence[Sample], config: SampleConfig) -> None:
+    """Every sample's PNG that is missing or cut short, shared by all processes; returns when all of them are there."""
+    batches = [samples[i: i + config.batch_size] for i in range(0, len(samples), config.batch_size)]
+    size = image_size(policy, config.eval_image_size)
+    # One process looks, before any of them writes: the shares must not overlap.
+    todo = distributed.broadcast_object(pending(batches, size) if distributed.is_main() else None)
+    write_batches(policy, [batches[i] for i in todo[distributed.rank()::distributed.world_size()]], size)
+    distributed.barrier()
+
+
+def pending(batches: Sequence[Sequence[Sample]], size: tuple[int, int]) -> list[int]:
+    """Indices of the batches that lack an image."""
+    return [i for i, batch in enumerate(batches) if not all(is_complete(sample.path, size) for sample in batch)]
+
+
+def write_batches(policy: Policy, batches: Sequence[Sequence[Sample]], size: tuple[int, int]) -> None:
+    """Samples whole batches, so that each has the composition it always had, and writes what is missing of them."""
+    bar = tqdm(total=sum(map(len, batches)), desc="sampling", unit="img", disable=not distributed.is_main())
+    with bar, ThreadPoolExecutor(NUM_WRITERS) as pool:
+        for batch in batches:
+            missing = [(sample.path, image) for sample, image in zip(batch, sample_images(policy, batch, size))
+                       if not is_complete(sample.path, size)]
+            list(pool.map(write_png, *zip(*missing)))
+            bar.update(len(batch))
+
+
+def sample_images(policy: Policy, batch: Sequence[Sample], size: tuple[int, int]) -> np.ndarray:
+    """-> uint8 [N, H, W, 3]."""
+    condition, mask = policy.encode([sample.condition for sample in batch])
+    tokens = policy.sample(condition, mask, [sample.seed for sample in batch]).tokens  # [N, L]
+    if size == image_size(policy):
+        images = policy.decode(tokens)  # [N, 3, H, W]
+    else:
+        images = decode_resized(policy, tokens, size)
+    return images.permute(0, 2, 3, 1).cpu().numpy()
+
+
+@torch.no_grad()
+def decode_resized(policy: Policy, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """LlamaGen's protocol: bicubic, without antialiasing, on the decoder's floats. -> uint8 [N, 3, H, W]."""
+    grids = tokens.unflatten(1, policy.gpt.config.grid)  # [N, h, w]
+    return torch.cat([to_uint8(F.interpolate(policy.vq.decode(part), size=size, mode="bicubic"))
+                      for part in grids.split(policy.decode_batch_size)])
+
+
+def image_size(policy: Policy, eval_image_size: int | None = None) -> tuple[int, int]:
+    """(H, W) of the files."""
+    if eval_image_size is not None:
+        return eval_image_size, eval_image_size
+    height, width = policy.gpt.config.grid
+    return height * policy.vq.config.downsample, width * policy.vq.config.downsample
+
+
+def is_complete(path: Path, size: tuple[int, int]) -> bool:
+    """A PNG of this height and width with its last chunk: looks at 36 bytes, so that 50,000 files take seconds."""
+    try:
+        with open(path, "rb") as file:
+            start = file.read(24)
+            file.seek(-len(PNG_END), os.SEEK_END)
+            end = file.read()
+    except OSError:  # no such file, or one too short to seek in
+        return False
+    return start[:8] == PNG_START and end == PNG_END and struct.unpack(">II", start[16:24]) == size[::-1]
+
+
+def write_png(path: Path, image: np.ndarray) -> None:
+    """uint8 [H, W, 3]; the name appears when the file is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        Image.fromarray(image).save(temporary, format="PNG")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read_png(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        return np.asarray(image.convert("RGB"))
+
+
+def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> None:
+    """`arr_0`, uint8 [N, H, W, 3], one image in memory at a time; the name appears when the file is whole."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    header = {"descr": "|u1", "fortran_order": False, "shape": shape}
+    try:
+        with zipfile.ZipFile(temporary, "w") as archive, archive.open("arr_0.npy", "w", force_zip64=True) as member:
+            np.lib.format.write_array_header_1_0(member, header)
+            count = 0
+            for image in images:
+                assert image.shape == shape[1:] and image.dtype == np.uint8, f"{image.dtype} {image.shape} in {shape}"
+                member.write(np.ascontiguousarray(image).data)
+                count += 1
+        assert count == shape[0], f"{count} images, {shape[0]} announced"
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
