@@ -11,6 +11,7 @@ Shapes: P prompts per process and step, G generations per prompt, N = P G images
 """
 import logging
 import math
+import pickle
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -349,7 +350,8 @@ class GRPOTrainer:
                     # DDP averages over processes; the objective is a mean over all samples of the minibatch.
                     (loss * valid * self.world_size / max(num_valid, 1)).backward()
                 gaps.append((logps.detach() - micro.old_logps).abs())
-                metrics.add({"loss": loss.detach(), "entropy": entropies.mean(), **parts}, weight=valid)
+                metrics.add({"entropy": entropies.mean()}, weight=len(micro))
+                metrics.add({"loss": loss.detach(), **parts}, weight=valid)
             self.check_sampler_agrees(torch.cat(gaps), metrics)
             self.apply_gradient(step, metrics)
 
@@ -390,7 +392,11 @@ class GRPOTrainer:
         if found is not None:
             folder, step = found
             load_model(self.scorer.gpt, folder / "model.safetensors", device=str(self.device))
-            state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
+            try:
+                state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
+            except pickle.UnpicklingError:
+                raise ValueError(f"{folder / 'trainer.pt'} was refused and nothing in it was run: it holds more than "
+                                 f"tensors. Delete {folder} to resume from the checkpoint before it") from None
             self.optimizer.load_state_dict(state["optimizer"])
             self.bad_updates = state["bad_updates"]
             torch.set_rng_state(state["rng"].cpu())
