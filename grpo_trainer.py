@@ -29,6 +29,7 @@ from models.report import write_report
 logger = logging.getLogger(__name__)
 
 EVAL_STEP = -1  # the step that keys evaluation seeds: the same images are asked for each time
+NUM_SHOWN = 32  # images in a sample grid
 
 
 @dataclass(frozen=True)
@@ -106,7 +107,7 @@ class GRPOConfig:
 
 
 def group_advantages(rewards: Tensor, scale_rewards: str = "group", eps: float = 1e-4) -> Tensor:
-    """rewards float [P, G] -> advantages float [P, G]: (r - mean of its group) / (spread + eps), arXiv 2402.03300 eq. 3.
+    """rewards float [P, G] -> advantages [P, G]: (r - mean of its group) / (spread + eps), arXiv 2402.03300 section 4.1.
 
     The spread is the unbiased standard deviation of the group ("group") or of all rewards ("batch"), or is left out
     ("none"). A reward that failed (NaN) leaves the statistics of its group and gets a NaN advantage.
@@ -173,27 +174,6 @@ def masked_mean(values: Tensor, valid: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------- a rollout
-
-
-@dataclass
-class Samples:
-    """Scored images of a list of prompts, rows prompt-major."""
-
-    encoded: tuple[Tensor, Tensor | None]  # the prompts' conditions, [P, ...]
-    tokens: Tensor  # int64 [N, L]
-    logps: Tensor  # float32 [N, L]
-    entropies: Tensor  # float32 [N, L]
-    images: Tensor  # uint8 [N, 3, H, W]
-    scores: Tensor  # float32 [K, N], one row per reward
-
-    def gathered(self, group: int, num_prompts: int) -> "Samples":
-        """The samples of all processes, where process r holds every W-th prompt from r on, in the prompts' order."""
-        def collect(rows: Tensor) -> Tensor:
-            ranks = distributed.gather(rows.unflatten(0, (-1, group)))  # [W, P, G, ...]
-            return ranks.transpose(0, 1).flatten(0, 1)[:num_prompts].flatten(0, 1)
-        columns = (self.tokens, self.logps, self.entropies, self.images, self.scores.T)
-        tokens, logps, entropies, images, scores = map(collect, columns)
-        return Samples(self.encoded, tokens, logps, entropies, images, scores.T)
 
 
 @dataclass
@@ -286,15 +266,16 @@ class GRPOTrainer:
         chosen = self.sampler.indices(step, num_prompts)
         conditions = [self.conditions[chosen[position]] for position in positions]
         seeds = row_seeds(config.data_seed, step, positions, group)
-        samples = self.sample_and_score(conditions, seeds, group, self.reward_set, metrics)
+        samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set, config.rollout_batch_size,
+                                               metrics.timed)
 
         with metrics.timed("seconds/score"):
-            # Every process sees all groups, [K, W P, G]: spreads over the batch and logged means need no more than this.
-            scores = distributed.gather(samples.scores).transpose(0, 1).flatten(1).unflatten(1, (num_prompts, group))
+            # All processes see all groups: a spread over the batch and logged means need nothing else.
+            scores = distributed.gather_groups(samples.scores, group).T.unflatten(1, (num_prompts, group))  # [K, P W, G]
             advantages = aggregate_advantages(scores, self.reward_set.weights, config.reward_aggregation,
                                               config.scale_rewards)
             self.log_rewards(scores, advantages, step, metrics)
-        own = advantages.unflatten(0, (self.world_size, -1))[self.rank].flatten()  # [N]
+        own = advantages[self.rank::self.world_size].flatten()  # [N]
 
         with metrics.timed("seconds/reference"):
             rows = torch.arange(len(conditions), device=self.device).repeat_interleave(group)
@@ -308,28 +289,6 @@ class GRPOTrainer:
                 metrics.add({"logp_gap_mean": gap.mean()})
                 metrics.add_max({"logp_gap_max": gap.max()})
         return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
-
-    @torch.no_grad()
-    def sample_and_score(self, conditions, seeds, group: int, reward_set, metrics: distributed.Metrics) -> Samples:
-        """`rollout_batch_size` images at a time; rows are prompt-major."""
-        per_batch = self.config.rollout_batch_size // group or len(conditions)
-        parts = []
-        with metrics.timed("seconds/encode"):
-            encoded = self.policy.encode(conditions)
-        for start in range(0, len(conditions), per_batch):
-            prompts = slice(start, start + per_batch)
-            with metrics.timed("seconds/sample"):
-                generation = self.policy.sample(*(None if part is None else part[prompts] for part in encoded),
-                                                seeds[start * group: (start + per_batch) * group], group)
-            with metrics.timed("seconds/decode"):
-                images = self.policy.decode(generation.tokens)
-            with metrics.timed("seconds/score"):
-                asked = [condition for condition in conditions[prompts] for _ in range(group)]
-                _, scores = reward_set(images, [c.prompt for c in asked], [c.metadata for c in asked])
-                scores = torch.stack([scores[name].to(self.device) for name in reward_set.names], dim=1)  # [n, K]
-            parts.append((generation.tokens, generation.logps, generation.entropies, images, scores))
-        tokens, logps, entropies, images, scores = (torch.cat(column) for column in zip(*parts))
-        return Samples(encoded, tokens, logps, entropies, images, scores.T)
 
     def update(self, minibatch: Rollout, step: int, metrics: distributed.Metrics) -> None:
         """One optimizer update, in micro-batches whose gradients add up to that of the whole minibatch."""
@@ -420,25 +379,24 @@ class GRPOTrainer:
         (conditions, reward_set), group = self.eval_set, self.config.eval_generations
         per_rank = math.ceil(len(conditions) / self.world_size)
         positions = [p % len(conditions) for p in range(self.rank, per_rank * self.world_size, self.world_size)]
-        metrics = distributed.Metrics(self.device)
-        samples = self.sample_and_score([conditions[p] for p in positions],
-                                        row_seeds(self.config.data_seed, EVAL_STEP, positions, group), group,
-                                        reward_set, metrics)
-        samples = samples.gathered(group, len(conditions))
+        seeds = row_seeds(self.config.data_seed, EVAL_STEP, positions, group)
+        samples = self.policy.sample_and_score([conditions[p] for p in positions], seeds, group, reward_set,
+                                               self.config.rollout_batch_size)
+        tokens, entropies, images, scores = (
+            distributed.gather_groups(rows, group)[: len(conditions) * group]
+            for rows in (samples.tokens, samples.entropies, samples.images, samples.scores))
         asked = [condition for condition in conditions for _ in range(group)]
-        numbers = {"eval/entropy": samples.entropies.mean(), "eval/token_hamming": token_hamming(samples.tokens, group)}
-        for name, scores in zip(reward_set.names, samples.scores):
-            numbers[f"eval/rewards/{name}"] = scores.nanmean()
-            numbers[f"eval/rewards/{name}_stderr"] = nan_std(scores).squeeze() / (~scores.isnan()).sum().sqrt()
+        numbers = {"eval/entropy": entropies.mean(), "eval/token_hamming": token_hamming(tokens, group)}
+        for name, column in zip(reward_set.names, scores.T):
+            numbers[f"eval/rewards/{name}"] = column.nanmean()
+            numbers[f"eval/rewards/{name}_stderr"] = nan_std(column).squeeze() / (~column.isnan()).sum().sqrt()
         if self.run:
             if self.image_metrics is not None:
-                numbers.update({f"eval/{name}": value for name, value in
-                                self.image_metrics(samples.images, asked).items()})
+                numbers.update({f"eval/{name}": value for name, value in self.image_metrics(images, asked).items()})
             self.run.log(step, numbers)
-            shown = [f"{condition.prompt}\n" + ", ".join(f"{name} {score:.2f}" for name, score
-                                                         in zip(reward_set.names, column))
-                     for condition, column in zip(asked[:32], samples.scores.T.tolist())]
-            self.run.save_grid(step, samples.images[:32].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
+            shown = [condition.prompt + "\n" + ", ".join(f"{n} {s:.2f}" for n, s in zip(reward_set.names, row))
+                     for condition, row in zip(asked[:NUM_SHOWN], scores.tolist())]
+            self.run.save_grid(step, images[:NUM_SHOWN].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
         distributed.barrier()
 
     # ---------------------------------------------------------------------------------------------- logging

@@ -48,7 +48,7 @@ class RunConfig:
 
 
 def train(configs: tuple, train_conditions: list[Condition], eval_conditions: list[Condition]) -> None:
-    """configs: (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, ...); the conditions are shared by all processes."""
+    """configs: (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, ...); every process gets all conditions."""
     run_config, policy_config, sampling, grpo = configs[:4]
     device = distributed.setup()
     if run_config.num_threads:

@@ -1,4 +1,4 @@
-"""From flags to a `Policy`: which transformer, tokenizer and text encoder, loaded and put together; and back to a folder.
+"""From flags to a `Policy`: transformer, tokenizer and text encoder, loaded and put together; and back to a folder.
 
 A checkpoint folder is model.safetensors (LlamaGen's keys) + model.json, which names everything else that sampling
 needs: the tokenizer, the text encoder, the labels and the sampling settings.
@@ -21,7 +21,8 @@ class PolicyConfig:
     vq_ckpt: str = field(metadata={"help": "VQ tokenizer, likewise"})
     gpt_type: str = "c2i"  # c2i: class to image; t2i: text to image
     gpt_model: str | None = field(default=None, metadata={"help": "row of GPT_SIZES; none: read the folder's model.json"})
-    vq_model: str | None = field(default=None, metadata={"help": "row of VQ_SIZES; none: read the folder's model.json"})
+    vq_model: str | None = field(default=None, metadata={
+        "help": "row of VQ_SIZES; none: what the folder's model.json says, VQ-16 for other files"})
     image_size: int = 256
     num_classes: int = 1000
     class_names: str = field(default="imagenet", metadata={
@@ -40,7 +41,8 @@ class PolicyConfig:
 
 def load_policy(config: PolicyConfig, sampling: SamplingConfig, device: torch.device) -> Policy:
     """Frozen tokenizer and text encoder, float32 transformer in eval mode, on `device`."""
-    vq = load_vq(config.vq_ckpt, config.vq_model).to(device).requires_grad_(False)
+    vq_model = config.vq_model or (None if read_manifest(config.vq_ckpt) else "VQ-16")
+    vq = load_vq(config.vq_ckpt, vq_model).to(device).requires_grad_(False)
     gpt = load_transformer(config, vq.config.downsample, vq.config.codebook_size).to(device)
     encoder = None
     if config.gpt_type == "t2i":

@@ -65,6 +65,12 @@ def gather(tensor: Tensor) -> Tensor:
     return torch.stack(parts)
 
 
+def gather_groups(rows: Tensor, group: int) -> Tensor:
+    """Rows of all ranks in the order of the prompts: rank r holds prompts r, r + W, ... with `group` rows each."""
+    parts = gather(rows.unflatten(0, (-1, group)))  # [W, P, G, ...]
+    return parts.transpose(0, 1).flatten(0, 2)  # [P W G, ...]
+
+
 def reduce(value: float | Tensor, op: str, device: torch.device) -> float:
     """sum, max or mean of a number over ranks."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()

@@ -5,6 +5,7 @@ distribution that `generate` samples. `Policy` bundles the generator that a trai
 
 Shapes: N rows, T condition positions, L image tokens, D width, V codebook size.
 """
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -67,6 +68,22 @@ class Scorer(nn.Module):
 
 
 @dataclass
+class Samples:
+    """Scored images of P prompts; rows are prompt-major."""
+
+    encoded: tuple[Tensor, Tensor | None]  # the prompts' conditions and their mask, P rows
+    tokens: Tensor  # int64 [N, L]
+    logps: Tensor  # float32 [N, L]
+    entropies: Tensor  # float32 [N, L]
+    images: Tensor  # uint8 [N, 3, H, W]
+    scores: Tensor  # float32 [N, K], a column per reward
+
+
+def untimed(name: str):
+    return nullcontext()
+
+
+@dataclass
 class Policy:
     """A generator ready for use: transformer, tokenizer, conditions, and how it samples."""
 
@@ -113,6 +130,31 @@ class Policy:
                 mask = None if condition_mask is None else condition_mask[rows]
                 parts.append(scorer(condition[rows], tokens[rows], mask)[0])
         return torch.cat(parts)
+
+    def sample_and_score(self, conditions, seeds, num_generations: int, reward_set, batch_size: int = 0,
+                         timed=untimed) -> Samples:
+        """Samples, decodes and scores `num_generations` images per condition, about batch_size at a time (0: all).
+
+        reward_set: img_gen_grpo_rewards.RewardSet. timed(name) is a context that counts the seconds spent inside.
+        """
+        group = num_generations
+        per_batch = max(1, batch_size // group) if batch_size else len(conditions)
+        with timed("seconds/encode"):
+            encoded = self.encode(conditions)
+        parts = []
+        for start in range(0, len(conditions), per_batch):
+            prompts = slice(start, start + per_batch)
+            asked = [condition for condition in conditions[prompts] for _ in range(group)]
+            with timed("seconds/sample"):
+                condition, mask = (None if part is None else part[prompts] for part in encoded)
+                generation = self.sample(condition, mask, seeds[start * group: (start + per_batch) * group], group)
+            with timed("seconds/decode"):
+                images = self.decode(generation.tokens)
+            with timed("seconds/score"):
+                _, scores = reward_set(images, [c.prompt for c in asked], [c.metadata for c in asked])
+                scores = torch.stack([scores[name].to(self.device) for name in reward_set.names], dim=1)  # [n, K]
+            parts.append((generation.tokens, generation.logps, generation.entropies, images, scores))
+        return Samples(encoded, *(torch.cat(column) for column in zip(*parts)))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

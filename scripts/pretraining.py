@@ -1,0 +1,122 @@
+"""The loop that all stages of pretrain.py share: configuration, optimizer, schedule, resumable state."""
+import math
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from models.gpt import GPT_SIZES
+
+
+class Stage(NamedTuple):
+    """What the shapes world's shipped weights were made with; a flag of the same name overrides it."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    num_images: int = 0  # images turned into tokens (at most what the data holds)
+    label_noise: float = 0.0  # share of conditions swapped for another image's: well-formed, weakly conditioned
+
+
+STAGES = {
+    "vq": Stage(1800, 32, 2e-3),
+    "features": Stage(800, 128, 1e-2),
+    "text": Stage(600, 128, 3e-3),
+    "c2i": Stage(900, 128, 2e-3, num_images=60000, label_noise=0.4),
+    "t2i": Stage(1800, 128, 2e-3, num_images=100000),
+}
+VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    stage: str = "all"  # all, or one of vq features text c2i t2i
+    data: str = "shapes"  # shapes, or a folder: class folders (vq, c2i) or captioned images (t2i)
+    output_dir: str = "models/pretrained/shapes"
+    work_dir: str = "checkpoints/pretrain"  # resumable state and cached tokens
+    vq_model: str = "VQ-shapes"
+    gpt_model: str = "shapes"  # shapes, or a name of GPT_SIZES
+    image_size: int = 64
+    steps: int | None = None  # this and the next four: None for the stage's own
+    batch_size: int | None = None
+    learning_rate: float | None = None
+    num_images: int | None = None
+    label_noise: float | None = None
+    t5_path: str | None = None  # text encoder; None: the stage `text`'s own
+    t5_length: int = 16  # caption slots; LlamaGen has 120
+    eval_images: int = 640  # samples and validation images of the closing measurements
+    save_every: int = 200
+    bf16: bool = True  # bf16 autocast
+    num_threads: int = 0  # 0: torch's choice
+    seed: int = 0
+
+    def __post_init__(self):
+        if self.stage != "all" and self.stage not in STAGES:
+            raise ValueError(f"--stage must be all or one of {' '.join(STAGES)}, got {self.stage!r}")
+        if self.gpt_model != "shapes" and self.gpt_model not in GPT_SIZES:
+            raise ValueError(f"--gpt_model must be shapes or one of {' '.join(GPT_SIZES)}, got {self.gpt_model!r}")
+        if self.label_noise is not None and not 0 <= self.label_noise < 1:
+            raise ValueError(f"--label_noise must lie in [0, 1), got {self.label_noise}")
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def autocast(config: PretrainConfig):
+    return torch.autocast(device().type, dtype=torch.bfloat16, enabled=config.bf16)
+
+
+def stage_settings(config: PretrainConfig, stage: str) -> Stage:
+    flags = {name: getattr(config, name) for name in Stage._fields}
+    return STAGES[stage]._replace(**{name: value for name, value in flags.items() if value is not None})
+
+
+def batch_indices(config: PretrainConfig, stage: str, step: int, size: int, limit: int) -> np.ndarray:
+    """The items of one step, keyed by (seed, stage, step), so that a resumed run sees the same batches."""
+    return np.random.default_rng((config.seed, list(STAGES).index(stage), step)).integers(0, limit, size)
+
+
+def fit(config: PretrainConfig, stage: str, model: nn.Module, loss_fn: Callable) -> None:
+    """AdamW, linear warm-up and cosine decay. loss_fn(step) -> (loss, {name: number} for the progress bar)."""
+    steps, _, peak_rate, *_ = stage_settings(config, stage)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01)
+    path, start = Path(config.work_dir) / f"{stage}.pt", 0
+    if path.exists():
+        state = torch.load(path, weights_only=True, map_location=device())
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        start = state["step"]
+    warmup = max(1, steps // 20)
+    bar = tqdm(range(start, steps), initial=start, total=steps, desc=stage, mininterval=5)
+    for step in bar:
+        decay = 0.5 * (1 + math.cos(math.pi * step / steps))
+        optimizer.param_groups[0]["lr"] = peak_rate * min(1.0, (step + 1) / warmup) * max(0.02, decay)
+        torch.manual_seed(hash((config.seed, step)))
+        loss, shown = loss_fn(step)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step % 20 == 0:
+            bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{float(value):.3f}" for name, value in shown.items()})
+        if (step + 1) % config.save_every == 0 or step + 1 == steps:
+            save_state(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+
+
+def save_state(path: Path, state: dict) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    torch.save(state, temporary)
+    os.replace(temporary, path)
+
+
+def to_pixels(images: np.ndarray) -> Tensor:
+    """uint8 [N, H, W, 3] -> float [N, 3, H, W] in [-1, 1]."""
+    return torch.from_numpy(images).to(device()).permute(0, 3, 1, 2).float() / 127.5 - 1
