@@ -61,7 +61,8 @@ def trains(world, tmp_path, monkeypatch):
     (["--learning_rat", "1"], "unknown flag --learning_rat; did you mean --learning_rate?"),
     (["--learning_rate", "fast"], "flag --learning_rate: expected a number, got 'fast'"),
     (["--config", "c2i_shape"], "did you mean c2i_shapes?"),
-    (["--reward_funcs", "shapes_qality"], "unknown reward 'shapes_qality' in reward_funcs: did you mean shapes_quality?"),
+    (["--reward_funcs", "shapes_qality"], "unknown reward 'shapes_qality' in reward_funcs: did you mean "
+                                          "shapes_quality?"),
     (["--eval_reward_funcs", "beauty"], "unknown reward 'beauty'"),
     (["--reward_weights", "1", "2"], "reward_weights has 2 values for 1 reward_funcs (shapes_quality)"),
     (["--per_device_train_batch_size", "18"], "18 per_device_train_batch_size x 1 gradient_accumulation_steps = 18) "
