@@ -9,6 +9,7 @@ Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.p
 
 Shapes: P prompts per process and step, G generations per prompt, N = P G images, L tokens per image.
 """
+import copy
 import logging
 import math
 import pickle
@@ -46,6 +47,8 @@ class GRPOConfig:
     scale_rewards: str = "group"  # divide by the spread of: group, batch, none (Dr.GRPO, arXiv 2503.20783)
     reward_aggregation: str = "sum"  # sum: then normalise; normalise: each reward in its group, then the sum
     importance_sampling_level: str = "token"  # token, or sequence (GSPO, arXiv 2507.18071)
+    guidance_logprob: str = "guided"  # what is scored: guided, guided_detach_uncond, conditional (models/policy.py)
+    head_chunk_tokens: int = 1024  # tokens whose logits are held at a time
     learning_rate: float = 1e-5
     lr_scheduler: str = "constant"  # after the warm-up: constant, cosine
     warmup_steps: int = 0
@@ -82,9 +85,9 @@ class GRPOConfig:
                 f"images per update and process ({self.per_device_train_batch_size} per_device_train_batch_size x "
                 f"{self.gradient_accumulation_steps} gradient_accumulation_steps = {self.images_per_update}) must be "
                 f"a multiple of num_generations ({self.num_generations})")
-        if self.rollout_batch_size % self.num_generations:
-            raise ValueError(f"rollout_batch_size {self.rollout_batch_size} must be a multiple of num_generations "
-                             f"({self.num_generations})")
+        if self.rollout_batch_size < 0 or self.rollout_batch_size % self.num_generations:
+            raise ValueError(f"rollout_batch_size must be 0 or a multiple of num_generations ({self.num_generations}), "
+                             f"got {self.rollout_batch_size}")
 
     @property
     def images_per_update(self) -> int:
@@ -107,7 +110,7 @@ class GRPOConfig:
 
 
 def group_advantages(rewards: Tensor, scale_rewards: str = "group", eps: float = 1e-4) -> Tensor:
-    """rewards float [P, G] -> advantages [P, G]: (r - mean of its group) / (spread + eps), arXiv 2402.03300 section 4.1.
+    """rewards float [P, G] -> advantages [P, G]: (r - mean of its group) / (spread + eps), arXiv 2402.03300, sec. 4.1.
 
     The spread is the unbiased standard deviation of the group ("group") or of all rewards ("batch"), or is left out
     ("none"). A reward that failed (NaN) leaves the statistics of its group and gets a NaN advantage.
@@ -202,30 +205,28 @@ class TrainingStopped(ValueError):
 
 
 class GRPOTrainer:
-    """Trains `policy` (models.policy.Policy) on `conditions` for the rewards of `reward_set`.
+    """Trains `policy` (models.policy.Policy); what it starts with is the reference of the KL penalty.
 
-    scorer: models.policy.Scorer of the policy's transformer; reference: one of the frozen starting model, or None.
     train_set, eval_set: (conditions, RewardSet); eval_set may be None. run: the RunFolder on rank 0, None elsewhere.
     save_policy(folder) writes the model files of a checkpoint. image_metrics(images uint8 [M, 3, H, W], conditions) ->
-    {name: number} adds to each evaluation.
+    {name: number} adds to each evaluation on rank 0.
     """
 
-    def __init__(self, config: GRPOConfig, policy, scorer: nn.Module, reference: nn.Module | None, *, train_set: tuple,
-                 eval_set: tuple | None, run, save_policy: Callable[[Path], None],
-                 image_metrics: Callable | None = None):
-        if config.beta and reference is None:
-            raise ValueError("beta > 0 needs a reference model")
+    def __init__(self, config: GRPOConfig, policy, train_set: tuple, eval_set: tuple | None, run,
+                 save_policy: Callable[[Path], None], image_metrics: Callable | None = None):
         self.config, self.policy, self.run, self.save_policy = config, policy, run, save_policy
-        self.scorer, self.reference = scorer, reference
         self.conditions, self.reward_set = train_set
         self.eval_set, self.image_metrics = eval_set, image_metrics
         self.device, self.rank, self.world_size = policy.device, distributed.rank(), distributed.world_size()
         # eval(): dropout would make the scored policy another one than the sampled one.
-        self.model = distributed.replicate(scorer.eval())
-        self.parameters = [p for p in scorer.parameters() if p.requires_grad]
+        self.scorer = policy.scorer(config.guidance_logprob, config.head_chunk_tokens).eval()
+        self.reference = copy.deepcopy(self.scorer).requires_grad_(False) if config.beta else None
+        self.model = distributed.replicate(self.scorer)
+        self.parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=config.learning_rate,
                                            betas=(0.9, config.adam_beta2), weight_decay=config.weight_decay)
         self.sampler = PromptSampler(len(self.conditions), config.data_seed)
+        self.images_per_step = config.prompts_per_step * config.num_generations * self.world_size
         self.bad_updates = 0
 
     def train(self) -> None:
@@ -234,7 +235,7 @@ class GRPOTrainer:
         if step:
             logger.info("resuming after step %d%s", step, ": the run is finished" * (step >= config.exit_step))
         if step == 0 and config.eval_steps:
-            self.evaluate(0)
+            self.log(0, self.evaluate(0))
         progress = tqdm(range(step, config.exit_step), initial=step, total=config.exit_step, desc="GRPO",
                         disable=self.run is None)
         for step in progress:
@@ -245,15 +246,16 @@ class GRPOTrainer:
                 for minibatch in rollout.split(config.images_per_update):
                     self.update(minibatch, step, metrics)
 
-            finished = step + 1
-            self.log(finished, metrics, time.perf_counter() - started, progress)
+            finished, seconds = step + 1, time.perf_counter() - started
+            numbers = {**metrics.means(), "seconds/step": seconds, "images_per_sec": self.images_per_step / seconds}
+            progress.set_postfix(reward=f"{numbers['reward']:.3f}", kl=f"{numbers.get('kl', 0.0):.4f}")
             if config.eval_steps and (finished % config.eval_steps == 0 or finished == config.exit_step):
-                self.evaluate(finished)
+                numbers.update(self.evaluate(finished))
+            self.log(finished, numbers)
             if finished % config.save_steps == 0 or finished == config.exit_step:
                 self.save(finished)
         if self.run:
             write_report(self.run.path)
-            self.run.close()
         distributed.barrier()
 
     # -------------------------------------------------------------------------------------------- one step
@@ -271,7 +273,8 @@ class GRPOTrainer:
 
         with metrics.timed("seconds/score"):
             # All processes see all groups: a spread over the batch and logged means need nothing else.
-            scores = distributed.gather_groups(samples.scores, group).T.unflatten(1, (num_prompts, group))  # [K, P W, G]
+            scores = distributed.gather_groups(samples.scores, group).T  # [K, P W G]
+            scores = scores.unflatten(1, (num_prompts, group))  # [K, P W, G]
             advantages = aggregate_advantages(scores, self.reward_set.weights, config.reward_aggregation,
                                               config.scale_rewards)
             self.log_rewards(scores, advantages, step, metrics)
@@ -283,11 +286,9 @@ class GRPOTrainer:
             inputs = (condition, samples.tokens, mask, config.per_device_train_batch_size)
             ref_logps = self.policy.score(self.reference, *inputs) if config.beta else None
             old_logps = samples.logps
-            if self.scorer.guidance_logprob == "conditional":  # the ratio must start at 1: the scorer's own old values
+            if config.guidance_logprob == "conditional":  # the ratio must start at 1: the scorer's own old values
                 old_logps = self.policy.score(self.scorer, *inputs)
-                gap = (old_logps - samples.logps).abs()
-                metrics.add({"logp_gap_mean": gap.mean()})
-                metrics.add_max({"logp_gap_max": gap.max()})
+                log_gap(old_logps - samples.logps, metrics)
         return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
 
     def update(self, minibatch: Rollout, step: int, metrics: distributed.Metrics) -> None:
@@ -308,7 +309,7 @@ class GRPOTrainer:
                     valid = (~micro.advantages.isnan()).sum()
                     # DDP averages over processes; the objective is a mean over all samples of the minibatch.
                     (loss * valid * self.world_size / max(num_valid, 1)).backward()
-                gaps.append((logps.detach() - micro.old_logps).abs())
+                gaps.append(logps.detach() - micro.old_logps)
                 metrics.add({"entropy": entropies.mean()}, weight=len(micro))
                 metrics.add({"loss": loss.detach(), **parts}, weight=valid)
             self.check_sampler_agrees(torch.cat(gaps), metrics)
@@ -316,12 +317,10 @@ class GRPOTrainer:
 
     def check_sampler_agrees(self, gaps: Tensor, metrics: distributed.Metrics) -> None:
         """The parity gate: before a rollout's first update, sampler and trainer must hold the same policy."""
-        if "grad_norm" in metrics or self.scorer.guidance_logprob == "conditional":
+        if "logp_gap_mean" in metrics:  # checked already, or `conditional`, which scores another distribution
             return
-        metrics.add({"logp_gap_mean": gaps.mean()})
-        metrics.add_max({"logp_gap_max": gaps.max()})
-        largest = distributed.reduce(gaps.max(), "max", self.device)
-        if not largest <= self.config.max_logp_gap:
+        largest = distributed.reduce(log_gap(gaps, metrics), "max", self.device)
+        if largest > self.config.max_logp_gap:
             raise TrainingStopped(
                 f"the sampler's and the trainer's log-probabilities differ by up to {largest:.3g} nats, above "
                 f"--max_logp_gap {self.config.max_logp_gap}: they disagree on the policy (other precision or kernels?)")
@@ -337,7 +336,8 @@ class GRPOTrainer:
             self.optimizer.step()
         self.optimizer.zero_grad()
         self.bad_updates = 0 if finite else self.bad_updates + 1
-        metrics.add({"grad_norm": grad_norm, "learning_rate": rate, "skipped_updates": float(not finite)})
+        metrics.add({"grad_norm": grad_norm if finite else 0.0}, weight=float(finite))
+        metrics.add({"learning_rate": rate, "skipped_updates": float(not finite)})
         if self.bad_updates >= config.max_bad_updates:
             raise TrainingStopped(f"step {step}: {self.bad_updates} updates in a row had a non-finite gradient "
                                   "(--max_bad_updates): lower --learning_rate, or look for NaNs in the weights")
@@ -372,10 +372,10 @@ class GRPOTrainer:
             self.run.save_checkpoint(step, write, self.config.save_total_limit)
         distributed.barrier()
 
-    def evaluate(self, step: int) -> None:
+    def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts with the same seeds each time: rewards with standard errors, diversity, a sample grid."""
         if self.eval_set is None:
-            return
+            return {}
         (conditions, reward_set), group = self.eval_set, self.config.eval_generations
         per_rank = math.ceil(len(conditions) / self.world_size)
         positions = [p % len(conditions) for p in range(self.rank, per_rank * self.world_size, self.world_size)]
@@ -393,35 +393,40 @@ class GRPOTrainer:
         if self.run:
             if self.image_metrics is not None:
                 numbers.update({f"eval/{name}": value for name, value in self.image_metrics(images, asked).items()})
-            self.run.log(step, numbers)
             shown = [condition.prompt + "\n" + ", ".join(f"{n} {s:.2f}" for n, s in zip(reward_set.names, row))
                      for condition, row in zip(asked[:NUM_SHOWN], scores.tolist())]
             self.run.save_grid(step, images[:NUM_SHOWN].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
         distributed.barrier()
+        return numbers
 
     # ---------------------------------------------------------------------------------------------- logging
 
     def log_rewards(self, scores: Tensor, advantages: Tensor, step: int, metrics: distributed.Metrics) -> None:
         """scores [K, P, G] and advantages [P, G] of all processes; too many failed scores end the run."""
-        totals = (torch.tensor(self.reward_set.weights, device=self.device)[:, None, None] * scores).sum(0)
+        by_name = dict(zip(self.reward_set.names, scores))
+        totals = sum(weight * one for weight, one in zip(self.reward_set.weights, scores))
         failed = advantages.isnan().float().mean().item()
         metrics.add({"reward": totals.nanmean(), "reward_std": nan_std(totals).mean(), "reward_failures": failed,
                      "zero_spread_groups": (advantages.nan_to_num(0.0) == 0).all(dim=1).sum(),
-                     **{f"rewards/{name}": one.nanmean() for name, one in zip(self.reward_set.names, scores)}})
+                     **{f"rewards/{name}": one.nanmean() for name, one in by_name.items()},
+                     **{f"failures/{name}": one.isnan().sum() for name, one in by_name.items()}})
         if failed > self.config.max_reward_failures:
             self.save(step)
-            counts = ", ".join(f"{name} {one.isnan().sum().item()}" for name, one in
-                               zip(self.reward_set.names, scores))
+            counts = ", ".join(f"{name} {one.isnan().sum().item()}" for name, one in by_name.items())
             raise TrainingStopped(f"step {step}: {failed:.0%} of the images have no reward (failures: {counts}), above "
                                   f"--max_reward_failures {self.config.max_reward_failures}; saved checkpoint-{step}")
 
-    def log(self, step: int, metrics: distributed.Metrics, seconds: float, progress: tqdm) -> None:
-        numbers = metrics.means()
-        images = self.config.prompts_per_step * self.config.num_generations * self.world_size
-        numbers.update({"images_per_sec": images / seconds, "seconds/step": seconds})
+    def log(self, step: int, numbers: dict[str, float]) -> None:
         if self.run:
             self.run.log(step, numbers)
-            progress.set_postfix(reward=f"{numbers['reward']:.3f}", kl=f"{numbers.get('kl', 0.0):.4f}")
+
+
+def log_gap(gaps: Tensor, metrics: distributed.Metrics) -> Tensor:
+    """Logs mean and largest |difference|, and returns the latter; a NaN counts as infinite."""
+    gaps = gaps.abs().nan_to_num(nan=torch.inf)
+    metrics.add({"logp_gap_mean": gaps.mean()})
+    metrics.add_max({"logp_gap_max": gaps.max()})
+    return gaps.max()
 
 
 def learning_rate(config: GRPOConfig, step: int) -> float:

@@ -267,7 +267,8 @@ def train_gpt(config: PretrainConfig, kind: str) -> None:
 
     def loss_fn(step: int):
         rows = torch.from_numpy(batch_indices(config, kind, step, settings.batch_size, len(data.tokens)))
-        swapped = torch.where(torch.rand(len(rows)) < settings.label_noise, rows.roll(1), rows)
+        noise = settings.label_noise * (1 - step / settings.steps)
+        swapped = torch.where(torch.rand(len(rows)) < noise, rows.roll(1), rows)
         condition, mask = encode(swapped)
         dropped = torch.rand(len(rows), device=device()) < gpt.config.class_dropout_prob
         null = gpt.null_condition(len(rows)).to(condition.dtype)

@@ -7,7 +7,6 @@
 Running the same command again resumes. The objective is in grpo_trainer.py, sampling and scoring in models/; this file
 only puts them together, for train_t2i.py as well.
 """
-import copy
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,7 +22,6 @@ from models import distributed
 from models.build import PolicyConfig, load_policy, save_policy
 from models.config import one_line_errors, parse_args, resolved
 from models.generate import SamplingConfig
-from models.policy import GUIDANCE_MODES, Scorer
 from models.run_folder import RunFolder
 
 
@@ -37,14 +35,15 @@ class RunConfig:
     image_statistics: str = field(default="none", metadata={"help": "shapes: FID and diversity in evaluations"})
     output_dir: str = "checkpoints"
     report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    guidance_logprob: str = field(default="guided", metadata={"help": " | ".join(GUIDANCE_MODES)})
-    head_chunk_tokens: int = field(default=1024, metadata={"help": "tokens whose logits are held at a time"})
     gradient_checkpointing: bool = False
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):
         if self.image_statistics not in ("none", "shapes"):
             raise ValueError(f"image_statistics must be none or shapes, got {self.image_statistics!r}")
+        for name, least in (("eval_num_prompts", 1), ("num_threads", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
 
 
 def train(configs: tuple, train_conditions: list[Condition], eval_conditions: list[Condition]) -> None:
@@ -58,19 +57,17 @@ def train(configs: tuple, train_conditions: list[Condition], eval_conditions: li
     reward_set = RewardSet(run_config.reward_funcs, run_config.reward_weights, device)
     eval_rewards = RewardSet(run_config.eval_reward_funcs or run_config.reward_funcs, None, device)
     policy = load_policy(policy_config, sampling, device)
-    scorer = Scorer(policy.gpt, sampling, run_config.guidance_logprob, run_config.head_chunk_tokens)
-    reference = None
-    if grpo.beta:
-        frozen = copy.deepcopy(policy.gpt).requires_grad_(False)
-        reference = Scorer(frozen, sampling, run_config.guidance_logprob, run_config.head_chunk_tokens)
     policy.gpt.gradient_checkpointing = run_config.gradient_checkpointing
     run = None
     if distributed.is_main():
         run = RunFolder(Path(run_config.output_dir) / run_config.run_name, resolved(*configs), run_config.report_to)
-    GRPOTrainer(grpo, policy, scorer, reference, train_set=(train_conditions, reward_set),
-                eval_set=(eval_conditions, eval_rewards), run=run,
-                save_policy=lambda folder: save_policy(folder, policy, policy_config),
-                image_metrics=image_metrics(run_config, policy_config)).train()
+    try:
+        GRPOTrainer(grpo, policy, (train_conditions, reward_set), (eval_conditions, eval_rewards), run,
+                    lambda folder: save_policy(folder, policy, policy_config),
+                    image_metrics(run_config, policy_config)).train()
+    finally:
+        if run:
+            run.close()
     distributed.shutdown()
 
 

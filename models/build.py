@@ -20,7 +20,8 @@ class PolicyConfig:
     gpt_ckpt: str = field(metadata={"help": "LlamaGen .pt, safetensors, an AR-GRPO folder, or a folder of ours"})
     vq_ckpt: str = field(metadata={"help": "VQ tokenizer, likewise"})
     gpt_type: str = "c2i"  # c2i: class to image; t2i: text to image
-    gpt_model: str | None = field(default=None, metadata={"help": "row of GPT_SIZES; none: read the folder's model.json"})
+    gpt_model: str | None = field(default=None, metadata={
+        "help": "row of GPT_SIZES; none: what the folder's model.json says"})
     vq_model: str | None = field(default=None, metadata={
         "help": "row of VQ_SIZES; none: what the folder's model.json says, VQ-16 for other files"})
     image_size: int = 256
@@ -67,8 +68,9 @@ def load_transformer(config: PolicyConfig, downsample: int, codebook_size: int) 
     if gpt.config.model_type != config.gpt_type:
         raise ValueError(f"{config.gpt_ckpt} is a {gpt.config.model_type} model, but --gpt_type is {config.gpt_type}")
     if gpt.config.grid != (side, side):
-        raise ValueError(f"{config.gpt_ckpt} writes {gpt.config.grid[0]} x {gpt.config.grid[1]} tokens, but --image_size "
-                         f"{config.image_size} with a tokenizer that downsamples by {downsample} needs {side} x {side}")
+        raise ValueError("{} writes {} x {} tokens".format(config.gpt_ckpt, *gpt.config.grid)
+                         + f", but --image_size {config.image_size} with a tokenizer that downsamples by {downsample} "
+                         f"needs {side} x {side}")
     if gpt.config.vocab_size != codebook_size:
         raise ValueError(f"{config.gpt_ckpt} has {gpt.config.vocab_size} tokens, the tokenizer {config.vq_ckpt} "
                          f"{codebook_size}")

@@ -114,6 +114,9 @@ class Policy:
             raise ValueError(f"class-to-image models need class ids from 0 to {limit - 1}, got {bad[0]}")
         return torch.tensor(class_ids, device=self.device), None
 
+    def scorer(self, guidance_logprob: str, chunk_tokens: int) -> Scorer:
+        return Scorer(self.gpt, self.sampling, guidance_logprob, chunk_tokens)
+
     def sample(self, condition: Tensor, condition_mask: Tensor | None, seeds, num_generations: int = 1) -> Generation:
         """num_generations token sequences per encoded condition, prompt-major; one seed per sequence."""
         with self.autocast():
@@ -131,6 +134,7 @@ class Policy:
                 parts.append(scorer(condition[rows], tokens[rows], mask)[0])
         return torch.cat(parts)
 
+    @torch.no_grad()
     def sample_and_score(self, conditions, seeds, num_generations: int, reward_set, batch_size: int = 0,
                          timed=untimed) -> Samples:
         """Samples, decodes and scores `num_generations` images per condition, about batch_size at a time (0: all).

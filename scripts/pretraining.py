@@ -21,15 +21,17 @@ class Stage(NamedTuple):
     batch_size: int
     learning_rate: float
     num_images: int = 0  # images turned into tokens (at most what the data holds)
-    label_noise: float = 0.0  # share of conditions swapped for another image's: well-formed, weakly conditioned
+    # Share of conditions swapped for another image's, at the start; falls linearly to 0. Gives a base whose shapes are
+    # well-formed and whose conditioning is weak: room for reinforcement learning.
+    label_noise: float = 0.0
 
 
 STAGES = {
     "vq": Stage(1800, 32, 2e-3),
     "features": Stage(800, 128, 1e-2),
     "text": Stage(600, 128, 3e-3),
-    "c2i": Stage(900, 128, 2e-3, num_images=60000, label_noise=0.4),
-    "t2i": Stage(1800, 128, 2e-3, num_images=100000),
+    "c2i": Stage(2000, 128, 2e-3, num_images=60000, label_noise=0.4),
+    "t2i": Stage(1500, 128, 2e-3, num_images=100000),
 }
 VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
 

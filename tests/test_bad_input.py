@@ -67,7 +67,7 @@ def trains(world, tmp_path, monkeypatch):
     (["--reward_weights", "1", "2"], "reward_weights has 2 values for 1 reward_funcs (shapes_quality)"),
     (["--per_device_train_batch_size", "18"], "18 per_device_train_batch_size x 1 gradient_accumulation_steps = 18) "
                                               "must be a multiple of num_generations (4)"),
-    (["--rollout_batch_size", "6"], "rollout_batch_size 6 must be a multiple of num_generations (4)"),
+    (["--rollout_batch_size", "6"], "rollout_batch_size must be 0 or a multiple of num_generations (4), got 6"),
     (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0"),
     (["--guidance_logprob", "both"], "guidance_logprob must be one of"),
     (["--report_to", "wandbb"], "--report_to wandbb"),

@@ -3,7 +3,6 @@
 Its tokenizer decodes each code to flat blocks, light or coloured, so that the shapes rewards vary between samples;
 `brightness` is a reward that a few updates can raise.
 """
-import copy
 from pathlib import Path
 
 import torch
@@ -16,7 +15,6 @@ from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import save_model
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
-from models.policy import Scorer
 from models.run_folder import RunFolder
 from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
@@ -57,16 +55,14 @@ def policy_config(folder: Path) -> PolicyConfig:
 def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None,
                  guidance_logprob="guided", **config) -> GRPOTrainer:
     """As train_c2i.train composes it, with `config` on top of SMALL; run: where to log, None for nowhere."""
-    grpo, stored = GRPOConfig(**{**SMALL, **config}), policy_config(world)
+    grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), policy_config(world)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device("cpu"))
-    reference = Scorer(copy.deepcopy(policy.gpt).requires_grad_(False), sampling, guidance_logprob)
     reward_set = RewardSet(rewards, weights)
-    return GRPOTrainer(grpo, policy, Scorer(policy.gpt, sampling, guidance_logprob), reference if grpo.beta else None,
-                       train_set=(CONDITIONS, reward_set), eval_set=(CONDITIONS[:3], reward_set),
-                       run=run and RunFolder(run, {"config": repr(grpo)}, "none"),
-                       save_policy=lambda folder: save_policy(folder, policy, stored))
+    return GRPOTrainer(grpo, policy, (CONDITIONS, reward_set), (CONDITIONS[:3], reward_set),
+                       run and RunFolder(run, {"config": repr(grpo)}, "none"),
+                       lambda folder: save_policy(folder, policy, stored))
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:

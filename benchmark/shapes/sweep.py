@@ -16,7 +16,8 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parents[2]
 # AR-GRPO's settings with this world's models, rewards and batch: what is left are its choices of the objective.
-COMPAT = ["--config", "{kind}_argrpo_compat", "--gpt_ckpt", "models/pretrained/shapes/gpt_{kind}", "--gpt_model", "none",
+COMPAT = ["--config", "{kind}_argrpo_compat",
+          "--gpt_ckpt", "models/pretrained/shapes/gpt_{kind}", "--gpt_model", "none",
           "--vq_ckpt", "models/pretrained/shapes/vq", "--vq_model", "none", "--image_size", "64",
           "--class_names", "shapes", "--num_classes", "32", "--image_statistics", "shapes",
           "--reward_funcs", "shapes_graded", "shapes_quality", "--reward_weights", "1.0", "0.5",
