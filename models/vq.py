@@ -228,11 +228,12 @@ class VectorQuantizer(nn.Module):
         return self.normalize(self.embedding.weight)  # [K, E]
 
     def nearest(self, latents: Tensor) -> Tensor:
-        """latents [N, E, h, w] -> ids int64 [N, h, w]."""
-        z = self.normalize(latents.permute(0, 2, 3, 1).float())  # [N, h, w, E]
-        codebook = self.codebook().float()
-        distances = z.pow(2).sum(-1, keepdim=True) + codebook.pow(2).sum(-1) - 2 * z @ codebook.T  # [N, h, w, K]
-        return distances.argmin(-1)
+        """latents [N, E, h, w] -> ids int64 [N, h, w], searched in float32: bf16 autocast takes other codes."""
+        with torch.autocast(latents.device.type, enabled=False):
+            z = self.normalize(latents.permute(0, 2, 3, 1).float())  # [N, h, w, E]
+            codebook = self.codebook().float()
+            distances = z.pow(2).sum(-1, keepdim=True) + codebook.pow(2).sum(-1) - 2 * z @ codebook.T  # [N, h, w, K]
+            return distances.argmin(-1)
 
     def lookup(self, ids: Tensor) -> Tensor:
         """ids [N, h, w] -> code vectors [N, E, h, w]."""

@@ -62,3 +62,12 @@ def test_vq(name):
         torch.testing.assert_close(vq.decode(ids)[:, :, ::4, ::4], data["recon_sub4"], atol=5e-4, rtol=0)
         decoded = vq.decode(data["random_codes"].long())
         torch.testing.assert_close(decoded[:, :, ::4, ::4], data["decoded_sub4"], atol=5e-4, rtol=0)
+
+
+@pytest.mark.parametrize("name", VQ_CASES)
+def test_the_codebook_search_is_float32_under_autocast(name):
+    vq = recipe_(VQModel(VQConfig(**CASES[name]["config"])), CASES[name]["salt"]).eval()
+    latents = load_file(GOLDEN / f"{name}.safetensors")["latents"].float()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        ids = vq.quantize.nearest(latents)
+    assert torch.equal(ids, vq.quantize.nearest(latents))
