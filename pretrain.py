@@ -139,7 +139,9 @@ def train_features(config: PretrainConfig) -> None:
         return F.cross_entropy(logits, labels), {"accuracy": (logits.argmax(-1) == labels).float().mean()}
 
     fit(config, "features", net, loss_fn)
-    save_file(net.state_dict(), Path(config.output_dir) / "features.safetensors")
+    path = Path(config.output_dir) / "features.safetensors"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file(net.state_dict(), path)
     held_out, conditions = load_images("shapes", "c2i", config.image_size, VALIDATION_SEED).batch(range(1000))
     with torch.no_grad():
         predicted = net.eval()(torch.from_numpy(held_out).permute(0, 3, 1, 2).to(device()))[1].argmax(-1).cpu()
@@ -174,7 +176,8 @@ def train_text(config: PretrainConfig) -> None:
     folder = Path(config.output_dir) / "t5"
     words = sorted({word for record in shapes.all_prompts() for word in record["prompt"].split()})
     make_tiny_t5(folder, words, seed=config.seed)
-    encoder = TextEncoder(str(folder), max_length=config.t5_length, device=device())
+    # float32, where a GPU's default is bf16: these weights are trained
+    encoder = TextEncoder(str(folder), max_length=config.t5_length, device=device(), dtype=torch.float32)
     model = encoder.model.requires_grad_(True).train()
     heads = nn.Linear(model.config.d_model, 5 + 2 * (5 + 9) + 5).to(device())
     sizes = [5, 5, 9, 5, 9, 5]

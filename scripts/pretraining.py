@@ -1,4 +1,5 @@
 """The loop that all stages of pretrain.py share: configuration, optimizer, schedule, resumable state."""
+import dataclasses
 import math
 import os
 from collections.abc import Callable
@@ -34,6 +35,8 @@ STAGES = {
     "t2i": Stage(1500, 128, 2e-3, num_images=100000),
 }
 VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
+# What may change between a killed stage and its continuation.
+RESUMABLE_CHANGES = ("stage", "output_dir", "work_dir", "eval_images", "save_every", "num_threads")
 
 
 @dataclass(frozen=True)
@@ -90,8 +93,11 @@ def fit(config: PretrainConfig, stage: str, model: nn.Module, loss_fn: Callable)
     steps, _, peak_rate, *_ = stage_settings(config, stage)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01)
     path, start = Path(config.work_dir) / f"{stage}.pt", 0
+    settings = dataclasses.asdict(config) | stage_settings(config, stage)._asdict()
+    settings = {name: value for name, value in settings.items() if name not in RESUMABLE_CHANGES}
     if path.exists():
-        state = torch.load(path, weights_only=True, map_location=device())
+        state = torch.load(path, weights_only=True, map_location="cpu")  # on a GPU Adam's counters would be slow
+        refuse_changes(path, state.get("settings", settings), settings)
         model.load_state_dict(state["model"])
         optimizer.load_state_dict(state["optimizer"])
         start = state["step"]
@@ -109,7 +115,17 @@ def fit(config: PretrainConfig, stage: str, model: nn.Module, loss_fn: Callable)
         if step % 20 == 0:
             bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{float(value):.3f}" for name, value in shown.items()})
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
-            save_state(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1})
+            save_state(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
+                              "settings": settings})
+
+
+def refuse_changes(path: Path, stored: dict, settings: dict) -> None:
+    """A finished stage would else count as finished whatever the flags say now."""
+    changes = [f"{name}: {stored.get(name)} -> {value}" for name, value in settings.items()
+               if stored.get(name) != value]
+    if changes:
+        raise ValueError(f"{path} holds this stage with other settings ({'; '.join(changes)}): delete it, or give "
+                         "another --work_dir")
 
 
 def save_state(path: Path, state: dict) -> None:

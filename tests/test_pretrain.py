@@ -83,3 +83,24 @@ def test_captioned_folders(tmp_path):
         load_images(str(tmp_path / "jsonl"), "t2i", 32)
     with pytest.raises(ValueError, match="neither 'shapes' nor a folder"):
         load_images(str(tmp_path / "none"), "t2i", 32)
+
+
+def test_a_stage_with_other_settings_is_refused(shapes_config, tmp_path):
+    first = dataclasses.replace(shapes_config, stage="features", work_dir=str(tmp_path / "work"),
+                                output_dir=str(tmp_path / "not" / "there"))
+    pretrain.run(first)
+    assert (tmp_path / "not" / "there" / "features.safetensors").is_file()
+    pretrain.run(dataclasses.replace(first, num_threads=1))
+    with pytest.raises(ValueError, match=r"features.pt holds .*learning_rate: 0.01 -> 0.5.*another --work_dir"):
+        pretrain.run(dataclasses.replace(first, learning_rate=0.5))
+
+
+def test_the_text_encoder_trains_in_float32(shapes_config, tmp_path, monkeypatch):
+    class Asked(Exception):
+        pass
+
+    def text_encoder(*args, **kwargs):
+        raise Asked(kwargs.get("dtype"))
+    monkeypatch.setattr(pretrain, "TextEncoder", text_encoder)  # by itself it takes bf16 on a GPU
+    with pytest.raises(Asked, match="torch.float32"):
+        pretrain.run(dataclasses.replace(shapes_config, stage="text", output_dir=str(tmp_path)))
