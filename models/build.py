@@ -49,8 +49,8 @@ def load_policy(config: PolicyConfig, sampling: SamplingConfig, device: torch.de
     if config.gpt_type == "t2i":
         encoder = TextEncoder(config.t5_path, max_length=gpt.config.cls_token_num, device=str(device),
                               cache_path=config.t5_cache)
-        if encoder.model.config.d_model != gpt.config.caption_dim:
-            raise ValueError(f"{config.t5_path} gives {encoder.model.config.d_model}-dimensional caption features, but "
+        if encoder.width != gpt.config.caption_dim:
+            raise ValueError(f"{config.t5_path} gives {encoder.width}-dimensional caption features, but "
                              f"{config.gpt_ckpt} reads {gpt.config.caption_dim}: it was trained with another --t5_path")
     return Policy(gpt, vq, sampling, encoder, torch.bfloat16 if config.bf16 else None, config.decode_batch_size)
 

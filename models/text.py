@@ -170,6 +170,13 @@ class TextEncoder:
     def tokenizer(self):
         return self._loaded[0]
 
+    @property
+    def width(self) -> int:
+        """C; with a cache file T5 isn't loaded for it."""
+        if self._file_keys:
+            return self._file.get_slice(next(iter(self._file_keys))).get_shape()[-1]
+        return self.model.config.d_model
+
     def encode(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
         """Raw prompts -> (embeddings float32 [N, T, C], mask bool [N, T]), see `left_pad`."""
         texts = [self.prepare(prompt) for prompt in prompts]

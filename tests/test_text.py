@@ -181,6 +181,13 @@ def test_cache_file_gives_back_the_same_bits(folder, tmp_path, capsys, dtype):
     assert seen == [1]  # only the prompt that the file lacks
 
 
+def test_the_width_is_known_without_loading_t5(folder, tmp_path, monkeypatch):
+    cache = write_cache(folder, tmp_path)
+    assert encoder(folder).width == 64
+    monkeypatch.setattr("models.text._load_t5", lambda *args: pytest.fail("T5 was loaded"))
+    assert encoder(folder, cache_path=cache).width == 64
+
+
 def test_foreign_caches_are_refused(folder, tmp_path):
     cache = write_cache(folder, tmp_path)
     with pytest.raises(ValueError, match="max_length '12', this run needs '13'"):
