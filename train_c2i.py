@@ -20,6 +20,7 @@ from grpo_trainer import GRPOConfig, GRPOTrainer
 from img_gen_grpo_rewards import RewardSet
 from models import distributed
 from models.build import PolicyConfig, load_policy, save_policy
+from models.checkpoint import require_checkpoint
 from models.config import one_line_errors, parse_args, resolved
 from models.generate import SamplingConfig
 from models.run_folder import RunFolder
@@ -54,6 +55,8 @@ def train(configs: tuple, train_conditions: list[Condition], eval_conditions: li
         torch.set_num_threads(run_config.num_threads)
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     logging.getLogger(__name__).info(grpo.arithmetic(distributed.world_size()))
+    for path in (policy_config.vq_ckpt, policy_config.gpt_ckpt):  # told before minutes of loading rewards and T5
+        require_checkpoint(path)
     reward_set = RewardSet(run_config.reward_funcs, run_config.reward_weights, device)
     eval_rewards = RewardSet(run_config.eval_reward_funcs or run_config.reward_funcs, None, device)
     policy = load_policy(policy_config, sampling, device)

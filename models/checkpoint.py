@@ -83,6 +83,11 @@ def save_model(folder: str | Path, model: GPT | VQModel, dtype: torch.dtype | No
     (folder / "model.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
 
+def require_checkpoint(path: str | Path) -> None:
+    """A ValueError that says where to get weights if there are none at `path`; reads none."""
+    _weight_files(Path(path))
+
+
 def read_manifest(path: str | Path) -> dict | None:
     """model.json of one of our folders (or of the model.safetensors inside); None if there is none."""
     path = Path(path)

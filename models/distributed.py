@@ -17,7 +17,11 @@ def setup(timeout_sec: float = 1800.0) -> torch.device:
     """Joins torchrun's process group when there is one; returns this process's device."""
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= count:
+            raise ValueError(f"process {local} of this machine has no GPU, {count} are visible: start at most {count} "
+                             "processes (GPUS, or --nproc_per_node), or hide all GPUs with CUDA_VISIBLE_DEVICES=")
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
         backend = "nccl" if device.type == "cuda" else "gloo"

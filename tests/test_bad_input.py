@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import grpo_trainer
+from models import distributed
 from models.run_folder import CHECKSUMS
 from tests.tiny_world import command_line, make_world
 
@@ -101,6 +102,23 @@ def test_a_missing_checkpoint(fails, tmp_path):
     assert f"no checkpoint at {tmp_path / 'nowhere.pt'}" in fails("--gpt_model", "GPT-B", "--gpt_ckpt",
                                                                   tmp_path / "nowhere.pt")
     assert "nowhere" in fails("--vq_ckpt", tmp_path / "nowhere")
+
+
+def test_a_llamagen_preset_says_where_its_files_are(monkeypatch, capfd, tmp_path):
+    monkeypatch.setattr(sys, "argv", ["train_c2i.py", "--config", "c2i_llamagen_xl_384", "--vq_ckpt",
+                                      str(tmp_path / "vq_ds16_c2i.pt")])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "train_c2i.py"), run_name="__main__")
+    error = capfd.readouterr().err.splitlines()[-1]
+    assert error.startswith("error: no checkpoint at ") and "https://huggingface.co/FoundationVision/LlamaGen" in error
+
+
+def test_more_processes_than_gpus(monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="2 are visible: start at most 2 processes"):
+        distributed.setup()
 
 
 def test_a_foreign_checkpoint(fails, world, tmp_path):
