@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from dataset import shapes
 from dataset.images import load_images
+from dataset.labels import load_class_names
 from models.checkpoint import load_vq, save_model
 from models.config import one_line_errors, parse_args
 from models.generate import SamplingConfig
@@ -262,7 +263,7 @@ def train_gpt(config: PretrainConfig, kind: str) -> None:
     if kind == "t2i":
         path = config.t5_path or str(Path(config.output_dir) / "t5")
         encoder = TextEncoder(path, max_length=config.t5_length, device=device())
-    num_classes = max(data.class_ids) + 1 if kind == "c2i" else 1000
+    num_classes = len(load_class_names(config.data)) if kind == "c2i" else 1000
     gpt = make_gpt(config, kind, data.tokens.shape[1], num_classes, vq)
     policy = Policy(gpt, vq, SamplingConfig(), encoder)
     encode = condition_table(policy, data, kind)
@@ -270,7 +271,7 @@ def train_gpt(config: PretrainConfig, kind: str) -> None:
 
     def loss_fn(step: int):
         rows = torch.from_numpy(batch_indices(config, kind, step, settings.batch_size, len(data.tokens)))
-        noise = settings.label_noise * (1 - step / settings.steps)
+        noise = settings.label_noise if step >= 0.8 * settings.steps else 0.0
         swapped = torch.where(torch.rand(len(rows)) < noise, rows.roll(1), rows)
         condition, mask = encode(swapped)
         dropped = torch.rand(len(rows), device=device()) < gpt.config.class_dropout_prob
