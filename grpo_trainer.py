@@ -74,9 +74,15 @@ class GRPOConfig:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
         for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches",
                      "num_iterations", "exit_step", "save_steps", "save_total_limit", "eval_generations",
-                     "max_bad_updates"):
+                     "max_bad_updates", "head_chunk_tokens"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "eval_steps",
+                     "max_logp_gap", "max_reward_failures"):
+            if getattr(self, name) is not None and getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        if self.max_grad_norm <= 0:
+            raise ValueError(f"max_grad_norm must be above 0 (inf: no clipping), got {self.max_grad_norm}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 (advantages are relative to the group), got "
                              f"{self.num_generations}")
@@ -352,13 +358,15 @@ class GRPOTrainer:
             folder, step = found
             load_model(self.scorer.gpt, folder / "model.safetensors", device=str(self.device))
             try:
-                state = torch.load(folder / "trainer.pt", map_location=self.device, weights_only=True)
+                # To the CPU: the optimizer moves its moments itself, and step counters on a GPU would cost a
+                # synchronization for each parameter and update.
+                state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise ValueError(f"{folder / 'trainer.pt'} was refused and nothing in it was run: it holds more than "
                                  f"tensors. Delete {folder} to resume from the checkpoint before it") from None
             self.optimizer.load_state_dict(state["optimizer"])
             self.bad_updates = state["bad_updates"]
-            torch.set_rng_state(state["rng"].cpu())
+            torch.set_rng_state(state["rng"])
         if self.run:
             self.run.truncate(step or -1)  # step 0 is evaluated again
         return step
