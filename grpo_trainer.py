@@ -72,17 +72,13 @@ class GRPOConfig:
                               ("lr_scheduler", ("constant", "cosine"))):
             if getattr(self, name) not in choices:
                 raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        for name in ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches",
-                     "num_iterations", "exit_step", "save_steps", "save_total_limit", "eval_generations",
-                     "max_bad_updates", "head_chunk_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("beta", "epsilon", "epsilon_high", "learning_rate", "warmup_steps", "weight_decay", "eval_steps",
-                     "max_logp_gap", "max_reward_failures"):
-            if getattr(self, name) is not None and getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
-        if self.max_grad_norm <= 0:
-            raise ValueError(f"max_grad_norm must be above 0 (inf: no clipping), got {self.max_grad_norm}")
+        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches", "num_iterations",
+                  "exit_step", "save_steps", "save_total_limit", "eval_generations", "max_bad_updates",
+                  "head_chunk_tokens")
+        weights = ("beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps")
+        for name in (*counts, *weights):
+            if getattr(self, name) is not None and getattr(self, name) < (name in counts):
+                raise ValueError(f"{name} must be at least {int(name in counts)}, got {getattr(self, name)}")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 (advantages are relative to the group), got "
                              f"{self.num_generations}")
@@ -358,8 +354,7 @@ class GRPOTrainer:
             folder, step = found
             load_model(self.scorer.gpt, folder / "model.safetensors", device=str(self.device))
             try:
-                # To the CPU: the optimizer moves its moments itself, and step counters on a GPU would cost a
-                # synchronization for each parameter and update.
+                # The CPU: on a GPU, each of Adam's step counters would cost a synchronization an update.
                 state = torch.load(folder / "trainer.pt", map_location="cpu", weights_only=True)
             except pickle.UnpicklingError:
                 raise ValueError(f"{folder / 'trainer.pt'} was refused and nothing in it was run: it holds more than "

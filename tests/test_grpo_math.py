@@ -102,9 +102,9 @@ def test_token_hamming():
     (dict(reward_aggregation="mean"), "reward_aggregation"),
     (dict(exit_step=0), "exit_step must be at least 1"),
     (dict(rollout_batch_size=12), "rollout_batch_size"),
-    (dict(beta=-0.1), "beta must not be negative"),
-    (dict(epsilon_high=-0.2), "epsilon_high must not be negative"),
-    (dict(max_grad_norm=0.0), "max_grad_norm must be above 0"),
+    (dict(beta=-0.1), "beta must be at least 0"),
+    (dict(epsilon_high=-0.2), "epsilon_high must be at least 0"),
+    (dict(max_grad_norm=-1.0), "max_grad_norm must be at least 0"),
     (dict(head_chunk_tokens=0), "head_chunk_tokens must be at least 1"),
 ])
 def test_config_errors(changes, message):
