@@ -75,8 +75,7 @@ class GRPOConfig:
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches", "num_iterations",
                   "exit_step", "save_steps", "save_total_limit", "eval_generations", "max_bad_updates",
                   "head_chunk_tokens")
-        weights = ("beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps")
-        for name in (*counts, *weights):
+        for name in (*counts, "beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps"):
             if getattr(self, name) is not None and getattr(self, name) < (name in counts):
                 raise ValueError(f"{name} must be at least {int(name in counts)}, got {getattr(self, name)}")
         if self.num_generations < 2:
