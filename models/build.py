@@ -38,6 +38,9 @@ class PolicyConfig:
     def __post_init__(self):
         if self.gpt_type not in ("c2i", "t2i"):
             raise ValueError(f"gpt_type must be c2i or t2i, got {self.gpt_type!r}")
+        for name in ("image_size", "num_classes", "cls_token_num", "decode_batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
 
 
 def load_policy(config: PolicyConfig, sampling: SamplingConfig, device: torch.device) -> Policy:
