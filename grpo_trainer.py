@@ -395,9 +395,11 @@ class GRPOTrainer:
         if self.run:
             if self.image_metrics is not None:
                 numbers.update({f"eval/{name}": value for name, value in self.image_metrics(images, asked).items()})
-            shown = [condition.prompt + "\n" + ", ".join(f"{n} {s:.2f}" for n, s in zip(reward_set.names, row))
-                     for condition, row in zip(asked[:NUM_SHOWN], scores.tolist())]
-            self.run.save_grid(step, images[:NUM_SHOWN].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
+            count = min(NUM_SHOWN, len(asked))
+            picked = [i * len(asked) // count for i in range(count)]  # over all prompts
+            shown = [asked[i].prompt + "\n" + ", ".join(f"{name} {score:.2f}" for name, score
+                                                        in zip(reward_set.names, scores[i].tolist())) for i in picked]
+            self.run.save_grid(step, images[picked].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
         distributed.barrier()
         return numbers
 

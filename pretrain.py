@@ -1,7 +1,7 @@
 """Pretrains what reinforcement learning starts from: tokenizer, feature network, text encoder and GPTs.
 
     python pretrain.py                                # every stage on the shapes world: rebuilds the shipped weights
-    python pretrain.py --stage c2i --label_noise 0.3  # one stage; a killed stage continues where it was saved
+    python pretrain.py --stage c2i                    # one stage; a killed stage continues where it was saved
     python pretrain.py --data IMAGENET/train --stage vq --vq_model VQ-16 --image_size 256 --output_dir my_weights
 
 Stages, in order: vq (tokenizer on pixels), features (classifier for FID), text (tiny T5, shapes only), c2i, t2i.
@@ -271,9 +271,7 @@ def train_gpt(config: PretrainConfig, kind: str) -> None:
 
     def loss_fn(step: int):
         rows = torch.from_numpy(batch_indices(config, kind, step, settings.batch_size, len(data.tokens)))
-        noise = settings.label_noise if step >= 0.8 * settings.steps else 0.0
-        swapped = torch.where(torch.rand(len(rows)) < noise, rows.roll(1), rows)
-        condition, mask = encode(swapped)
+        condition, mask = encode(rows)
         dropped = torch.rand(len(rows), device=device()) < gpt.config.class_dropout_prob
         null = gpt.null_condition(len(rows)).to(condition.dtype)
         condition = torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), null, condition)

@@ -63,7 +63,9 @@ def train(configs: tuple, train_conditions: list[Condition], eval_conditions: li
     policy.gpt.gradient_checkpointing = run_config.gradient_checkpointing
     run = None
     if distributed.is_main():
-        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, resolved(*configs), run_config.report_to)
+        # Another number of processes would be another global batch, and prompts in another order.
+        settings = resolved(*configs) | {"num_processes": distributed.world_size()}
+        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to)
     try:
         GRPOTrainer(grpo, policy, (train_conditions, reward_set), (eval_conditions, eval_rewards), run,
                     lambda folder: save_policy(folder, policy, policy_config),

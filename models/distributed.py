@@ -24,8 +24,9 @@ def setup(timeout_sec: float = 1800.0) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_sec))
+        on_gpu = device.type == "cuda"
+        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_sec),
+                                device_id=device if on_gpu else None)  # else nccl guesses it at the first barrier
     return device
 
 

@@ -22,17 +22,14 @@ class Stage(NamedTuple):
     batch_size: int
     learning_rate: float
     num_images: int = 0  # images turned into tokens (at most what the data holds)
-    # Share of conditions swapped for another image's, at the start; falls linearly to 0. Gives a base whose shapes are
-    # well-formed and whose conditioning is weak: room for reinforcement learning.
-    label_noise: float = 0.0
 
 
 STAGES = {
     "vq": Stage(1800, 32, 2e-3),
     "features": Stage(800, 128, 1e-2),
     "text": Stage(600, 128, 3e-3),
-    "c2i": Stage(2000, 128, 2e-3, num_images=60000, label_noise=0.4),
-    "t2i": Stage(1500, 128, 2e-3, num_images=100000),
+    "c2i": Stage(2800, 128, 2e-3, num_images=60000),
+    "t2i": Stage(2300, 128, 2e-3, num_images=100000),
 }
 VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
 # What may change between a killed stage and its continuation.
@@ -48,11 +45,10 @@ class PretrainConfig:
     vq_model: str = "VQ-shapes"
     gpt_model: str = "shapes"  # shapes, or a name of GPT_SIZES
     image_size: int = 64
-    steps: int | None = None  # this and the next four: None for the stage's own
+    steps: int | None = None  # this and the next three: None for the stage's own
     batch_size: int | None = None
     learning_rate: float | None = None
     num_images: int | None = None
-    label_noise: float | None = None
     t5_path: str | None = None  # text encoder; None: the stage `text`'s own
     t5_length: int = 16  # caption slots; LlamaGen has 120
     eval_images: int = 640  # samples and validation images of the closing measurements
@@ -66,8 +62,6 @@ class PretrainConfig:
             raise ValueError(f"--stage must be all or one of {' '.join(STAGES)}, got {self.stage!r}")
         if self.gpt_model != "shapes" and self.gpt_model not in GPT_SIZES:
             raise ValueError(f"--gpt_model must be shapes or one of {' '.join(GPT_SIZES)}, got {self.gpt_model!r}")
-        if self.label_noise is not None and not 0 <= self.label_noise < 1:
-            raise ValueError(f"--label_noise must lie in [0, 1), got {self.label_noise}")
 
 
 def device() -> torch.device:
