@@ -32,3 +32,14 @@ def test_run_script_trains_and_leaves_everything_behind(kind, tmp_path):
     assert [line["step"] for line in steps] == [1, 2]
     assert steps[0]["logp_gap_max"] < 1e-4 and steps[0]["kl"] is not None
     assert "GRPO: 100%" in done.stderr
+
+
+@pytest.mark.parametrize("kind", ("c2i", "t2i"))
+def test_sweep_evaluates_the_shipped_weights(kind, monkeypatch):
+    from benchmark.shapes import statistics, sweep
+    monkeypatch.setattr(sweep, "NUM_IMAGES", 16)
+    monkeypatch.setattr(sweep, "NUM_PROMPTS", {"c2i": 8, "t2i": 8})
+    monkeypatch.setattr(statistics, "NUM_REFERENCE", 512)
+    numbers = sweep.evaluate(ROOT / "models" / "pretrained" / "shapes" / f"gpt_{kind}", kind)
+    assert 0 <= numbers["strict @1"] <= 1 and numbers["FID @2"] > 0 and 0 < numbers["Hamming @1"] <= 1
+    assert sweep.table_row("base", [{"steps": 1, **numbers}]).startswith("| base | 1 | ")

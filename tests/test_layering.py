@@ -29,6 +29,7 @@ ALLOWED = {
     "models.checkpoint": {"models.policy", "models.gpt", "models.vq", "models.text", "models.config",
                           "models.run_folder"},
     "models.build": {"models.checkpoint", "models.generate", "models.gpt", "models.policy", "models.text"},
+    "benchmark.shapes.sweep": EVERYTHING,
     "benchmark": {"benchmark", "dataset", "reward_utils", "img_gen_grpo_rewards", "fid_evaluation", "models"},
     "scripts": set(),
     "scripts.pretraining": {"models.gpt"},
