@@ -397,8 +397,8 @@ class GRPOTrainer:
                 numbers.update({f"eval/{name}": value for name, value in self.image_metrics(images, asked).items()})
             count = min(NUM_SHOWN, len(asked))
             picked = [i * len(asked) // count for i in range(count)]  # over all prompts
-            shown = [asked[i].prompt + "\n" + ", ".join(f"{name} {score:.2f}" for name, score
-                                                        in zip(reward_set.names, scores[i].tolist())) for i in picked]
+            shown = ["\n".join([asked[i].prompt, *(f"{name} {score:.2f}" for name, score
+                                                   in zip(reward_set.names, scores[i].tolist()))]) for i in picked]
             self.run.save_grid(step, images[picked].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
         distributed.barrier()
         return numbers
