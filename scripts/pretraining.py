@@ -16,7 +16,7 @@ from models.gpt import GPT_SIZES
 
 
 class Stage(NamedTuple):
-    """What the shapes world's shipped weights were made with; a flag of the same name overrides it."""
+    """The recipe of the shapes world (how its shipped weights differ: benchmark/RESULTS.md); flags override it."""
 
     steps: int
     batch_size: int
@@ -29,7 +29,7 @@ STAGES = {
     "features": Stage(800, 128, 1e-2),
     "text": Stage(600, 128, 3e-3),
     "c2i": Stage(2800, 128, 2e-3, num_images=60000),
-    "t2i": Stage(2300, 128, 2e-3, num_images=100000),
+    "t2i": Stage(2850, 128, 2e-3, num_images=100000),
 }
 VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
 # What may change between a killed stage and its continuation.
