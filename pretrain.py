@@ -68,7 +68,7 @@ def train_vq(config: PretrainConfig) -> None:
             reconstruction, codebook_loss = vq(pixels)
         error = (reconstruction.float() - pixels).abs()
         loss = (error * pixel_weights(pixels)).mean() + codebook_loss.float()
-        return loss, {"l1": error.mean(), "codes": (usage > 0).sum()}
+        return loss, {"l1": error.detach().mean(), "codes": (usage > 0).sum()}
 
     fit(config, "vq", vq, loss_fn)
     sample = batch_indices(config, "vq", steps, 256, min(256, len(captioned)))

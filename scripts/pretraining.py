@@ -107,7 +107,8 @@ def fit(config: PretrainConfig, stage: str, model: nn.Module, loss_fn: Callable)
         optimizer.step()
         optimizer.zero_grad()
         if step % 20 == 0:
-            bar.set_postfix(loss=f"{loss.item():.4f}", **{name: f"{float(value):.3f}" for name, value in shown.items()})
+            numbers = {name: f"{value.item():.3f}" for name, value in shown.items()}
+            bar.set_postfix(loss=f"{loss.item():.4f}", **numbers)
         if (step + 1) % config.save_every == 0 or step + 1 == steps:
             save_state(path, {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step + 1,
                               "settings": settings})
