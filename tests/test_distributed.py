@@ -58,17 +58,21 @@ def worker(rank, port, world, output):
     distributed.shutdown()
 
 
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
 @pytest.fixture(scope="module")
 def results(tmp_path_factory):
     folder = tmp_path_factory.mktemp("distributed")
     make_world(folder)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    processes = multiprocessing.spawn(worker, (port, folder, folder), nprocs=2, join=False)
-    alone = train(folder, folder / "alone", 1)  # meanwhile
-    while not processes.join(timeout=120):
-        pass
+    alone = train(folder, folder / "alone", 1)
+    try:
+        multiprocessing.spawn(worker, (free_port(), folder, folder), nprocs=2)
+    except multiprocessing.ProcessRaisedException:  # another process took the port meanwhile: once more
+        multiprocessing.spawn(worker, (free_port(), folder, folder), nprocs=2)
     ranks = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]
     return folder, alone, ranks
 
