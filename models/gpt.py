@@ -113,23 +113,22 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers: [layers, N, 2K, S, d], heads 0 .. K-1 the keys, K .. the values."""
+    """Keys and values of all layers: [layers, 2, N, K, S, d], so that the heads of all rows are one batch of products."""
 
     def __init__(self, config: GPTConfig, num_rows: int, length: int, dtype: torch.dtype, device: torch.device):
-        self.kv_heads = config.kv_heads
-        shape = (config.n_layer, num_rows, 2 * config.kv_heads, length, config.dim // config.n_head)
+        shape = (config.n_layer, 2, num_rows, config.kv_heads, length, config.dim // config.n_head)
         self.data = torch.zeros(shape, dtype=dtype, device=device)
 
     def update(self, layer: int, start: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """Writes k, v [N, K, s, d] at positions start.. and returns views of everything written so far."""
         end = start + k.shape[2]
-        keys, values = self.data[layer].split(self.kv_heads, dim=1)  # [N, K, S, d] each
+        keys, values = self.data[layer]  # [N, K, S, d] each
         keys[:, :, start:end], values[:, :, start:end] = k, v
         return keys[:, :, :end], values[:, :, :end]
 
     def begin(self, prefix: "KVCache", rows: Tensor) -> None:
         """Row r starts as row rows[r] of `prefix` (int64 [N]); later positions keep what they held."""
-        self.data[..., : prefix.data.shape[3], :] = prefix.data.index_select(1, rows)
+        self.data[..., : prefix.data.shape[4], :] = prefix.data.index_select(2, rows)
 
 
 class RMSNorm(nn.Module):
