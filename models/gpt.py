@@ -113,7 +113,7 @@ def apply_rope(x: Tensor, rope: Tensor) -> Tensor:
 
 
 class KVCache:
-    """Keys and values of all layers: [layers, 2, N, K, S, d], so that the heads of all rows are one batch of products."""
+    """Keys and values of all layers: [layers, 2, N, K, S, d]: the heads of all rows are one batch of products."""
 
     def __init__(self, config: GPTConfig, num_rows: int, length: int, dtype: torch.dtype, device: torch.device):
         shape = (config.n_layer, 2, num_rows, config.kv_heads, length, config.dim // config.n_head)
