@@ -5,12 +5,12 @@ to the group -> a few clipped policy-gradient updates with a KL penalty. The mat
 `grpo_loss`, pure functions. Everything that a step draws is keyed by (seed, step, prompt, member), so that images
 don't depend on the number of processes and a resumed run continues bit for bit.
 
-Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.py compose them), and parameter sharding.
+Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.py compose them), how weights are sharded
+and checkpoints written (models/distributed.py, models/training_state.py).
 
 Shapes: P prompts per process and step, G generations per prompt, N = P G images, L tokens per image.
 """
 import logging
-import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -22,16 +22,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.sampler import PromptSampler, row_seeds, shard
-from models import distributed, lora, memory
-from models.optimizer import build_optimizer, learning_rate, load_state
-from models.reference import Reference
+from models import distributed, evaluation, memory
+from models.guards import Interruption, TrainingStopped, divergence
+from models.optimizer import build_optimizer, learning_rate
+from models.reference import Reference, shard_scorer
 from models.report import write_report
-from models.statistics import centred, masked_mean, nan_std, token_hamming
+from models.statistics import centred, masked_mean, nan_std
+from models.training_state import Checkpoints
 
 logger = logging.getLogger(__name__)
 
 EVAL_STEP = -1  # the step that keys evaluation seeds: the same images are asked for each time
-NUM_SHOWN = 32  # images in a sample grid
+NEW_SEED = 1_000_003  # added to the seed of images each time the run goes back
 
 
 @dataclass(frozen=True)
@@ -55,6 +57,9 @@ class GRPOConfig:
     guidance_logprob: str = "guided"  # what is scored: guided, guided_detach_uncond, conditional (models/policy.py)
     head_chunk_tokens: int = 1024  # tokens whose logits are held at a time
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    sharding: Literal["none", "full", "hybrid"] = field(default="none", metadata={
+        "help": "each process holds a slice of weights, gradients and moments: full: of all processes; hybrid: of a "
+                "machine's, with copies between machines"})
     learning_rate: float = 1e-5
     lr_scheduler: str = "constant"  # after the warm-up: constant, cosine
     warmup_steps: int = 0
@@ -66,9 +71,17 @@ class GRPOConfig:
     eval_generations: int = 4  # images per held-out prompt
     save_steps: int = 100
     save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep; none: all"})
+    async_save: bool = field(default=False, metadata={"help": "write checkpoints in the background, from copies"})
+    on_save_failure: Literal["continue", "stop"] = field(default="continue", metadata={
+        "help": "when a checkpoint cannot be written (full disk); the last one's failure always ends the run"})
     max_logp_gap: float = 0.1  # nats between sampler and trainer that stop the run: they disagree on the policy
     max_reward_failures: float = 0.5  # share of a step's images without a reward that stops the run
-    max_bad_updates: int = 5  # updates in a row with a non-finite gradient that stop the run
+    max_bad_updates: int = 5  # updates in a row with a non-finite gradient that on_divergence answers
+    max_kl: float | None = None  # KL to the starting model, nats a token, above which on_divergence answers
+    min_entropy: float | None = None  # entropy, nats a token, below which on_divergence answers
+    on_divergence: Literal["stop", "rollback"] = field(default="stop", metadata={
+        "help": "rollback: back to the newest checkpoint, with new seeds for the images"})
+    max_rollbacks: int = 3  # then the run stops
     data_seed: int = field(default=42, metadata={"aliases": ["seed"], "help": "keys prompts and images"})
 
     def __post_init__(self):
@@ -81,10 +94,15 @@ class GRPOConfig:
         counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches", "num_iterations",
                   "exit_step", "save_steps", "save_total_limit", "eval_generations", "max_bad_updates",
                   "head_chunk_tokens", "micro_batch_size")
-        for name in (*counts, "beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps"):
+        for name in (*counts, "beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps", "max_rollbacks"):
             value, least = getattr(self, name), int(name in counts)
             if value not in (None, "auto") and value < least:
                 raise ValueError(f"{name} must be at least {least}, got {value}")
+        if self.max_kl is not None and not self.beta:
+            raise ValueError("max_kl needs a reference to measure the KL to: give a beta above 0, or no max_kl")
+        if self.sharding != "none" and self.optimizer == "adamw_8bit":
+            raise ValueError(f"optimizer adamw_8bit does not go with sharding {self.sharding}: its blocks would cross "
+                             "the shards, which divide AdamW's memory already; leave one of the two out")
         if self.num_generations < 2:
             raise ValueError(f"num_generations must be at least 2 (advantages are relative to the group), got "
                              f"{self.num_generations}")
@@ -195,61 +213,82 @@ class Rollout:
                              for name, value in vars(self).items()})
 
 
-class TrainingStopped(ValueError):
-    """A guard ended the run; the message says which, why, and what to try."""
-
-
 class GRPOTrainer:
     """Trains `policy` (models.policy.Policy); what it starts with is the reference of the KL penalty.
 
     train_set, eval_set: (conditions, RewardSet); eval_set may be None. run: the RunFolder on rank 0, None elsewhere.
-    save_policy(folder) writes the model files of a checkpoint. image_metrics(images uint8 [M, 3, H, W], conditions) ->
-    {name: number} adds to each evaluation on rank 0.
+    save_policy(folder, weights) writes the model files of a checkpoint. image_metrics(images uint8 [M, 3, H, W],
+    conditions) -> {name: number} adds to each evaluation on rank 0.
     """
 
     def __init__(self, config: GRPOConfig, policy, train_set: tuple, eval_set: tuple | None, run,
-                 save_policy: Callable[[Path], None], image_metrics: Callable | None = None):
-        self.config, self.policy, self.run, self.save_policy = config, policy, run, save_policy
+                 save_policy: Callable[[Path, dict], None], image_metrics: Callable | None = None):
+        self.config, self.policy, self.run = config, policy, run
         self.conditions, self.reward_set = train_set
         self.eval_set, self.image_metrics = eval_set, image_metrics
         self.device, self.rank, self.world_size = policy.device, distributed.rank(), distributed.world_size()
         # eval(): dropout would make the scored policy another one than the sampled one.
         self.scorer = policy.scorer(config.guidance_logprob, config.head_chunk_tokens).eval()
         self.reference = Reference(self.scorer, config.reference) if config.beta else None
-        self.model = distributed.replicate(self.scorer)
+        if config.sharding == "none":
+            self.model = distributed.replicate(self.scorer)
+        else:
+            self.model = self.scorer
+            shard_scorer(policy, self.scorer, config.sharding)
+            if self.reference:
+                self.reference.shard(policy, config.sharding)
         self.parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(config.optimizer, self.parameters, config.learning_rate, config.adam_beta2,
                                          config.weight_decay)
         self.micro_batch_size = config.micro_batch_size or config.per_device_train_batch_size
         self.sampler = PromptSampler(len(self.conditions), config.data_seed)
         self.images_per_step = config.prompts_per_step * config.num_generations * self.world_size
-        self.bad_updates = 0
+        self.checkpoints = Checkpoints(run, self.scorer, self.optimizer, save_policy, config)
 
     def train(self) -> None:
         """The whole run: resumes where a checkpoint stands, trains to `exit_step`, leaves a report."""
-        config, step = self.config, self.resume()
+        config, state = self.config, self.checkpoints
+        step = state.resume()
         if step:
             logger.info("resuming after step %d%s", step, ": the run is finished" * (step >= config.exit_step))
         if step == 0 and config.eval_steps:
             self.log(0, self.evaluate(0))
-        progress = tqdm(range(step, config.exit_step), initial=step, total=config.exit_step, desc="GRPO",
-                        disable=self.run is None)
-        for step in progress:
-            metrics, started = distributed.Metrics(self.device), time.perf_counter()
+        with Interruption() as interruption, tqdm(initial=step, total=config.exit_step, desc="GRPO",
+                                                  disable=self.run is None) as progress:
+            while step < config.exit_step and not distributed.reduce(interruption.received, "max", self.device):
+                metrics, started = distributed.Metrics(self.device), time.perf_counter()
 
-            rollout = self.rollout(step, metrics)
-            for _ in range(config.num_iterations):
-                for minibatch in rollout.split(config.images_per_update):
-                    self.update(minibatch, step, metrics)
+                rollout = self.rollout(step, metrics)
+                for _ in range(config.num_iterations):
+                    for minibatch in rollout.split(config.images_per_update):
+                        self.update(minibatch, step, metrics)
 
-            finished, seconds = step + 1, time.perf_counter() - started
-            numbers = {**metrics.means(), "seconds/step": seconds, "images_per_sec": self.images_per_step / seconds}
-            progress.set_postfix(reward=f"{numbers['reward']:.3f}", kl=f"{numbers.get('kl', 0.0):.4f}")
-            if config.eval_steps and (finished % config.eval_steps == 0 or finished == config.exit_step):
-                numbers.update(self.evaluate(finished))
-            self.log(finished, numbers)
-            if finished % config.save_steps == 0 or finished == config.exit_step:
-                self.save(finished)
+                seconds, numbers = time.perf_counter() - started, metrics.means()
+                if reason := divergence(numbers, state.bad_updates, config):
+                    step = progress.n = state.go_back(step + 1, reason)
+                    continue
+                step, state.position = step + 1, state.position + config.prompts_per_step * self.world_size
+                numbers |= {"seconds/step": seconds, "images_per_sec": self.images_per_step / seconds}
+                progress.set_postfix(reward=f"{numbers['reward']:.3f}", kl=f"{numbers.get('kl', 0.0):.4f}")
+                progress.update()
+                if config.eval_steps and (step % config.eval_steps == 0 or step == config.exit_step):
+                    numbers.update(self.evaluate(step))
+                self.log(step, numbers)
+                if step % config.save_steps == 0 or step == config.exit_step:
+                    state.save(step)
+            self.finish(step, interruption)
+
+    def finish(self, step: int, interruption: Interruption) -> None:
+        """The end of the run, or its end for now: a signal leaves a checkpoint and its own exit code."""
+        number = int(distributed.reduce(interruption.received, "max", self.device))
+        if number and step < self.config.exit_step:
+            if step % self.config.save_steps:  # else it was saved at the step's end
+                self.checkpoints.save(step)
+            self.checkpoints.finish(last=True)
+            self.checkpoints.event("interrupted", step=step, signal=number)
+            logger.warning("signal %d: stopped after step %d, the same command resumes", number, step)
+            raise SystemExit(128 + number)
+        self.checkpoints.finish(last=True)
         if self.run:
             write_report(self.run.path)
         distributed.barrier()
@@ -261,11 +300,14 @@ class GRPOTrainer:
         config, group = self.config, self.config.num_generations
         num_prompts = config.prompts_per_step * self.world_size
         positions = shard(range(num_prompts), self.rank, self.world_size)
-        chosen = self.sampler.indices(step, num_prompts)
+        chosen = self.sampler.after(self.checkpoints.position, num_prompts)
         conditions = [self.conditions[chosen[position]] for position in positions]
-        seeds = row_seeds(config.data_seed, step, positions, group)
-        samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set, config.rollout_batch_size,
-                                               metrics.timed)
+        seeds = row_seeds(config.data_seed + NEW_SEED * self.checkpoints.attempt, step, positions, group)
+        with distributed.gathered(self.model):  # once, however many parts the rollout has
+            samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set,
+                                                   config.rollout_batch_size, metrics.timed)
+        if config.sharding != "none":
+            self.policy.engine.release()  # whole weights, which only a rollout may hold
 
         with metrics.timed("seconds/reference"):
             rows = torch.arange(len(conditions), device=self.device).repeat_interleave(group)
@@ -323,7 +365,8 @@ class GRPOTrainer:
                 with distributed.no_sync(self.model, skip=True):
                     self.loss(next(minibatch.split(rows)))[2].backward()
             moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)  # come with a step
-            self.micro_batch_size = memory.measured_rows(work, len(minibatch), self.device, moments)
+            fitting = memory.measured_rows(work, len(minibatch), self.device, moments)
+            self.micro_batch_size = int(distributed.reduce(fitting, "min", self.device))  # as many passes on each
             self.optimizer.zero_grad()
             logger.info("--micro_batch_size auto: %d of %d rows at a time", self.micro_batch_size, len(minibatch))
         return self.micro_batch_size
@@ -343,74 +386,32 @@ class GRPOTrainer:
         rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
-        grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm)
+        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
         finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are averaged
         if finite:
             self.optimizer.step()
         self.optimizer.zero_grad()
-        self.bad_updates = 0 if finite else self.bad_updates + 1
+        self.checkpoints.bad_updates = 0 if finite else self.checkpoints.bad_updates + 1
         metrics.add({"grad_norm": grad_norm if finite else 0.0}, weight=float(finite))
         metrics.add({"learning_rate": rate, "skipped_updates": float(not finite)})
-        if self.bad_updates >= config.max_bad_updates:
-            raise TrainingStopped(f"step {step}: {self.bad_updates} updates in a row had a non-finite gradient "
-                                  "(--max_bad_updates): lower --learning_rate, or look for NaNs in the weights")
 
     # -------------------------------------------------------------------------------------------- rare work
-
-    def resume(self) -> int:
-        """Loads the newest good checkpoint, if there is one; returns the number of finished steps."""
-        found = distributed.broadcast_object(self.run.latest_checkpoint() if self.run else None)
-        step = 0
-        if found is not None:
-            folder, step = found
-            state = load_state(folder / "trainer.pt")
-            lora.restore(self.scorer.gpt, state.get("adapters", {}), folder)
-            self.optimizer.load_state_dict(state["optimizer"])
-            self.bad_updates = state["bad_updates"]
-            torch.set_rng_state(state["rng"])
-        if self.run:
-            self.run.truncate(step or -1)  # step 0 is evaluated again
-        return step
-
-    def save(self, step: int) -> None:
-        def write(folder: Path) -> None:
-            self.save_policy(folder)
-            torch.save({"optimizer": self.optimizer.state_dict(), "adapters": lora.adapter_state(self.scorer.gpt),
-                        "bad_updates": self.bad_updates, "rng": torch.get_rng_state(), "step": step},
-                       folder / "trainer.pt")
-        if self.run:
-            self.run.save_checkpoint(step, write, self.config.save_total_limit)
-        distributed.barrier()
 
     def evaluate(self, step: int) -> dict[str, float]:
         """Held-out prompts with the same seeds each time: rewards with standard errors, diversity, a sample grid."""
         if self.eval_set is None:
             return {}
         (conditions, reward_set), group = self.eval_set, self.config.eval_generations
-        per_rank = math.ceil(len(conditions) / self.world_size)
-        positions = [p % len(conditions) for p in range(self.rank, per_rank * self.world_size, self.world_size)]
-        seeds = row_seeds(self.config.data_seed, EVAL_STEP, positions, group)
-        samples = self.policy.sample_and_score([conditions[p] for p in positions], seeds, group, reward_set,
-                                               self.config.rollout_batch_size)
-        result = reward_set.collect(samples.pending)
-        tokens, entropies, images, scores = (
-            distributed.gather_groups(rows, group)[: len(conditions) * group]
-            for rows in (samples.tokens, samples.entropies, samples.images, result.table.to(self.device)))
-        if told := distributed.failure_report(dict(zip(reward_set.names, scores.T)), result.failures):
-            logger.warning("evaluation after step %d: %s", step, told)
+        seeds = row_seeds(self.config.data_seed, EVAL_STEP, evaluation.own_positions(len(conditions)), group)
+        with distributed.gathered(self.model):
+            numbers, images, scores = evaluation.evaluate(self.policy, reward_set, conditions, seeds, group,
+                                                          self.config.rollout_batch_size, step)
         asked = [condition for condition in conditions for _ in range(group)]
-        numbers = {"eval/entropy": entropies.mean(), "eval/token_hamming": token_hamming(tokens, group)}
-        for name, column in zip(reward_set.names, scores.T):
-            numbers[f"eval/rewards/{name}"] = column.nanmean()
-            numbers[f"eval/rewards/{name}_stderr"] = nan_std(column).squeeze() / (~column.isnan()).sum().sqrt()
         if self.run:
             if self.image_metrics is not None:
                 numbers.update({f"eval/{name}": value for name, value in self.image_metrics(images, asked).items()})
-            count = min(NUM_SHOWN, len(asked))
-            picked = [i * len(asked) // count for i in range(count)]  # over all prompts
-            shown = ["\n".join([asked[i].prompt, *(f"{name} {score:.2f}" for name, score
-                                                   in zip(reward_set.names, scores[i].tolist()))]) for i in picked]
-            self.run.save_grid(step, images[picked].permute(0, 2, 3, 1).cpu().numpy(), shown, columns=8)
+            picked, captions = evaluation.shown(asked, reward_set.names, scores)
+            self.run.save_grid(step, images[picked].permute(0, 2, 3, 1).cpu().numpy(), captions, columns=8)
         distributed.barrier()
         return numbers
 
@@ -429,7 +430,9 @@ class GRPOTrainer:
         if told := distributed.failure_report(by_name, failures):
             logger.warning("step %d: %s", step, told)
         if failed > self.config.max_reward_failures:
-            self.save(step)
+            self.checkpoints.save(step)
+            self.checkpoints.finish(last=True)
+            self.checkpoints.event("reward_failures", step=step, reason=told, action="stop")
             raise TrainingStopped(f"step {step}: {failed:.0%} of the images have no reward, above "
                                   f"--max_reward_failures {self.config.max_reward_failures}: {told}; "
                                   f"saved checkpoint-{step}")

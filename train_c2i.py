@@ -77,12 +77,12 @@ def train(configs: tuple, train_conditions: list[Condition], eval_conditions: li
         policy.text_encoder.offload = run_config.offload
     run = None
     if distributed.is_main():
-        # Another number of processes would be another global batch, and prompts in another order.
-        settings = resolved(*configs) | {"num_processes": distributed.world_size()}
+        settings = resolved(*configs) | {"num_processes": distributed.world_size(),
+                                         "images_per_update": grpo.images_per_update * distributed.world_size()}
         run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to)
     try:
         GRPOTrainer(grpo, policy, (train_conditions, reward_set), (eval_conditions, eval_rewards), run,
-                    lambda folder: save_policy(folder, policy, policy_config),
+                    lambda folder, weights: save_policy(folder, policy, policy_config, weights),
                     image_metrics(run_config, policy_config)).train()
     finally:
         if run:

@@ -25,7 +25,11 @@ class PromptSampler:
         """The dataset indices of rollout `step`, for all ranks together."""
         if step < 0 or num_prompts < 1:
             raise ValueError(f"step {step} with {num_prompts} prompts: need step >= 0 and at least one prompt")
-        positions = range(step * num_prompts, (step + 1) * num_prompts)
+        return self.after(step * num_prompts, num_prompts)
+
+    def after(self, position: int, num_prompts: int) -> list[int]:
+        """The next dataset indices once `position` of them were used, in batches of whatever sizes."""
+        positions = range(position, position + num_prompts)
         return [int(_permutation(self.seed, p // self.num_conditions, self.num_conditions)[p % self.num_conditions])
                 for p in positions]
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+from torch import Tensor
 
 from models.checkpoint import load_gpt, load_vq, read_manifest, save_model
 from models.generate import SamplingConfig
@@ -89,9 +90,10 @@ def load_transformer(config: PolicyConfig, downsample: int, codebook_size: int) 
     return gpt
 
 
-def save_policy(folder: Path, policy: Policy, config: PolicyConfig) -> None:
-    """model.safetensors and model.json; the tokenizer and the text encoder are named, not copied."""
-    save_model(folder, policy.gpt, policy=asdict(config), sampling=asdict(policy.sampling))
+def save_policy(folder: Path, policy: Policy, config: PolicyConfig, weights: dict[str, Tensor] | None = None) -> None:
+    """model.safetensors (weights: a copy of the transformer's) and model.json; tokenizer and text encoder are named,
+    not copied."""
+    save_model(folder, policy.gpt, weights=weights, policy=asdict(config), sampling=asdict(policy.sampling))
 
 
 def stored_settings(path: str | Path) -> tuple[dict, dict]:

@@ -70,8 +70,11 @@ def load_vq(path: str | Path, name_or_config: str | VQConfig | None = None, **ov
     return _load(KINDS["vq"], Path(path), name_or_config, overrides)
 
 
-def save_model(folder: str | Path, model: GPT | VQModel, dtype: torch.dtype | None = None, **extra) -> None:
+def save_model(folder: str | Path, model: GPT | VQModel, dtype: torch.dtype | None = None,
+               weights: dict[str, Tensor] | None = None, **extra) -> None:
     """Write model.safetensors (cast to `dtype`) and model.json (kind, config, and `extra` as it is) into `folder`.
+
+    weights: what stands for the model's own, as a copy of an earlier moment.
 
     Plain writes: whoever needs them to be atomic writes to a temporary folder and renames it.
     """
@@ -79,7 +82,11 @@ def save_model(folder: str | Path, model: GPT | VQModel, dtype: torch.dtype | No
     assert not extra.keys() & {"kind", "config"}, "kind and config are written by save_model itself"
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    save_file(_cpu_state(model, dtype), folder / "model.safetensors", metadata={"format": "pt"})
+    try:
+        save_file(_cpu_state(merged_state(model) if weights is None else weights, dtype), folder / "model.safetensors",
+                  metadata={"format": "pt"})
+    except SafetensorError as error:  # how it tells of a full disk
+        raise OSError(f"cannot write {folder / 'model.safetensors'}: {_first_line(error)}") from None
     manifest = {"kind": kind.name, "config": asdict(model.config), **extra}
     (folder / "model.json").write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
 
@@ -105,7 +112,7 @@ def export_llamagen(model: GPT | VQModel, path: str | Path) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         with open(temporary, "wb") as file:
-            torch.save({"model": _cpu_state(model, None)}, file)
+            torch.save({"model": _cpu_state(merged_state(model), None)}, file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
@@ -119,9 +126,9 @@ def _kind_of(model: nn.Module) -> Kind:
     return kind
 
 
-def _cpu_state(model: nn.Module, dtype: torch.dtype | None) -> dict[str, Tensor]:
+def _cpu_state(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[str, Tensor]:
     state = {}
-    for name, tensor in merged_state(model).items():
+    for name, tensor in weights.items():
         state[name] = tensor.detach().to("cpu", dtype or tensor.dtype, memory_format=torch.contiguous_format)
         if not torch.isfinite(state[name]).all():
             raise ValueError(f"{name} is not finite as {state[name].dtype}: the model was not saved")

@@ -121,26 +121,18 @@ def block_output(x: Tensor, attended: Tensor, weights: LayerWeights, eps: float)
 def attend(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
     """queries [R, H, d], cache [2, R, K, length, d] -> [R, D].
 
-    The G queries of a key head stand where a sequence's queries would, so that no keys are repeated. SDPA is made for
-    many queries: for one in bf16 on a CPU it takes two to three times as long as the two products by themselves.
+    The G queries of a key head stand where a sequence's queries would, so that no keys are repeated.
     """
     keys, values = cache  # [R, K, length, d]
-    grouped = queries.unflatten(1, (keys.shape[1], -1))  # [R, K, G, d]
-    if queries.is_cuda or queries.dtype != torch.bfloat16:
-        return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
-    keys, values = keys.flatten(0, 1), values.flatten(0, 1)  # views [R K, length, d]
-    logits = torch.bmm(keys, grouped.flatten(0, 1).transpose(1, 2)).float() * keys.shape[-1] ** -0.5  # [R K, length, G]
-    if mask is not None:
-        logits = (logits.unflatten(0, grouped.shape[:2]) + mask.transpose(2, 3)).flatten(0, 1)
-    shares = logits.softmax(dim=1).to(values.dtype)
-    return torch.bmm(shares.transpose(1, 2), values).view(len(queries), -1)
+    grouped = queries.to(cache.dtype).unflatten(1, (keys.shape[1], -1))  # [R, K, G, d]
+    return F.scaled_dot_product_attention(grouped, keys, values, attn_mask=mask).flatten(1)
 
 
 class Decoder:
     """Prepared weights and the cache of `num_rows` rows. On GPUs both stay where they are from rollout to rollout, so
     that captured steps stay valid; on CPUs `load` makes the weights anew.
 
-    dtype: of matrix products and cache; the residual stream and the norms keep the parameters' dtype.
+    dtype: of matrix products and (on GPUs) the cache; the residual stream and the norms keep the parameters' dtype.
     """
 
     def __init__(self, config: GPTConfig, num_rows: int, dtype: torch.dtype, device: torch.device, bucket: int = 0):
@@ -148,7 +140,8 @@ class Decoder:
         self.config, self.num_rows, self.dtype = config, num_rows, dtype
         self.bucket = bucket or (BUCKET_ON_GPU if on_gpu else 1)
         length = self.read_length(config.cls_token_num + config.block_size - 2)
-        self.cache = KVCache(config, num_rows, length, dtype, device)
+        # A CPU's SDPA, made for many queries, takes twice as long on bf16 as on the same numbers in float32.
+        self.cache = KVCache(config, num_rows, length, dtype if on_gpu else torch.float32, device)
         self.positions = torch.arange(length, device=device)  # [S]
         self.columns: Tensor | None = None  # [R, 1, 1, S] of 0 and -inf; None: every written position is attended to
         self.layers: list[LayerWeights] = []

@@ -1,16 +1,27 @@
 """The one place that talks to torch.distributed; the rest of the code reads as a single process.
 
-Works plainly without torchrun (world size 1, no process group). Sharding is left out: parameters are replicated (DDP).
+Works plainly without torchrun (world size 1, no process group). Parameters are replicated (DDP) or sharded (FSDP2, the
+ZeRO of arXiv 1910.02054), training states go to the disk in shards that any other number of processes reads back.
 """
 import os
 import time
+import warnings
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import lru_cache
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
+
+SHARDINGS = ("none", "full", "hybrid")
 
 
 def setup(timeout_sec: float = 1800.0) -> torch.device:
@@ -24,14 +35,16 @@ def setup(timeout_sec: float = 1800.0) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
-        on_gpu = device.type == "cuda"
-        dist.init_process_group("nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_sec),
+        on_gpu = device.type == "cuda"  # gloo is there too: objects, and checkpoints written in the background
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_sec),
                                 device_id=device if on_gpu else None)  # else nccl guesses it at the first barrier
     return device
 
 
 def shutdown() -> None:
     if dist.is_initialized():
+        device_mesh.cache_clear()
+        background_group.cache_clear()
         dist.destroy_process_group()
 
 
@@ -109,10 +122,10 @@ def gather_groups(rows: Tensor, group: int) -> Tensor:
 
 
 def reduce(value: float | Tensor, op: str, device: torch.device) -> float:
-    """sum, max or mean of a number over ranks."""
+    """sum, max, min or mean of a number over ranks."""
     tensor = torch.as_tensor(value, dtype=torch.float64, device=device).clone()
     if dist.is_initialized():
-        dist.all_reduce(tensor, dist.ReduceOp.MAX if op == "max" else dist.ReduceOp.SUM)
+        dist.all_reduce(tensor, {"max": dist.ReduceOp.MAX, "min": dist.ReduceOp.MIN}.get(op, dist.ReduceOp.SUM))
     return tensor.item() / (world_size() if op == "mean" else 1)
 
 
@@ -126,8 +139,126 @@ def replicate(module: nn.Module) -> nn.Module:
 
 
 def no_sync(module: nn.Module, skip: bool):
-    """Context in which backward leaves gradients local (`skip`): all but the last micro-batch of an update."""
+    """Context in which backward leaves gradients local (`skip`): all but the last micro-batch of an update.
+
+    Sharded gradients are always reduced to this rank's slice, since whole ones would take the memory that sharding
+    saves; between machines ("hybrid") the slices are summed up once.
+    """
+    if isinstance(module, FSDPModule):
+        module.set_requires_all_reduce(not skip)
     return module.no_sync() if skip and isinstance(module, DistributedDataParallel) else nullcontext()
+
+
+# ---------------------------------------------------------------------------------------------------- sharding
+
+
+@lru_cache
+def device_mesh(sharding: str, kind: str) -> DeviceMesh:
+    """full: every rank holds a slice; hybrid: the ranks of a machine do, and machines hold copies."""
+    if sharding == "full":
+        return init_device_mesh(kind, (world_size(),))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
+    if world_size() % local:
+        raise ValueError(f"--sharding hybrid needs as many processes on every machine: {world_size()} in all, {local} "
+                         "here")
+    return init_device_mesh(kind, (world_size() // local, local), mesh_dim_names=("replicate", "shard"))
+
+
+def shard(module: nn.Module, parts: Iterable[list[nn.Module]], sharding: str, dtype: torch.dtype | None = None,
+          offload: bool = False) -> None:
+    """Replaces the parameters of `module` by this rank's slices (FSDP2), in float32; nothing without a process group.
+
+    parts: modules whose parameters are gathered together, in `dtype`, for their forward and backward pass and freed
+    after each. The rest of `module` is gathered in float32 from its forward to its backward pass. offload: the slices
+    wait in the CPU's memory.
+    """
+    if not dist.is_initialized():
+        return
+    options = dict(mesh=device_mesh(sharding, next(module.parameters()).device.type))
+    if offload and options["mesh"].device_type == "cuda":
+        options["offload_policy"] = CPUOffloadPolicy()
+    for part in parts:  # residual streams stay as they are: inputs are not cast
+        fully_shard(part, **options, mp_policy=MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False))
+    fully_shard(module, **options, mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False))
+
+
+@contextmanager
+def gathered(module: nn.Module):
+    """Whole parameters inside, as plain tensors, each in the dtype of its passes; slices again outside."""
+    parts = [part for part in module.modules() if isinstance(part, FSDPModule)]
+    for part in parts:
+        part.set_reshard_after_forward(False, recurse=False)
+        part.unshard()
+    try:
+        yield
+    finally:
+        for part in parts:
+            part.set_reshard_after_forward(part is not module, recurse=False)
+            part.reshard()
+
+
+def release(module: nn.Module) -> None:
+    """Frees what a forward pass without backward left gathered."""
+    if isinstance(module, FSDPModule):
+        module.reshard()
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """A slice's tensor from all ranks, on all ranks; others as they are."""
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+@torch.no_grad()
+def assign(target: Tensor, value: Tensor) -> None:
+    """Copies `value`, which every rank has, into a tensor or into this rank's slice of it."""
+    if isinstance(target, DTensor):
+        value = distribute_tensor(value.to(target.device), target.device_mesh, target.placements, src_data_rank=None)
+    target.copy_(value)
+
+
+# ------------------------------------------------------------------------------------------------- checkpoints
+
+
+@lru_cache
+def background_group():
+    """Ranks of its own for the thread that writes checkpoints: its messages must not mix with training's."""
+    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+
+def quiet() -> None:
+    warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what was meant
+
+
+def save_shards(tensors: dict[str, Tensor], folder: Path) -> Callable[[], None]:
+    """Copies `tensors` (by the same names on all ranks) and begins to write them into `folder`, each rank its slices,
+    as safetensors. Returns a function that waits for the end; an OSError there says what went wrong, on all ranks."""
+    quiet()
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    group = background_group()
+    writing = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
+
+    def wait() -> None:
+        try:
+            writing.result()
+        except dcp.api.CheckpointException as error:
+            where, (cause, _) = next(iter(error.failures.items()))
+            raise OSError(f"process {where}: {cause}") from None
+
+    return wait
+
+
+def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) -> dict[str, Tensor]:
+    """What `save_shards` wrote, on any number of processes: by name, as like(name, shape) is sharded (None: not)."""
+    quiet()
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    tensors = {}
+    for name, stored in reader.read_metadata().state_dict_metadata.items():
+        pattern = like(name, stored.size)
+        dtype = stored.properties.dtype
+        tensors[name] = torch.empty(stored.size, dtype=dtype) if pattern is None else \
+            torch.empty_like(pattern, dtype=dtype, requires_grad=False)
+    dcp.load(tensors, storage_reader=reader, no_dist=not dist.is_initialized())
+    return tensors
 
 
 class Metrics:

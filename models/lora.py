@@ -8,14 +8,12 @@ Left out: adapters on embeddings and the head, dropout.
 Shapes: n rows of an input, r rank.
 """
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors.torch import load_file, load_model
 from torch import Tensor, nn
 
 from models.gpt import GPT
@@ -124,31 +122,17 @@ def base_alone(model: nn.Module):
             module.enabled = True
 
 
-def merged_state(model: nn.Module) -> dict[str, Tensor]:
-    """The state dict with plain keys, adapters merged: without adapters the model's own."""
-    state = model.state_dict()
-    for name, module in adapted(model):
-        for part in ("base", "lora_a", "lora_b"):
-            del state[f"{name}.{part}"]
-        state[f"{name}.weight"] = module.weight.detach()
+@torch.no_grad()
+def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
+    """The state dict with plain keys, adapters merged: without adapters the model's own. whole: what makes a tensor
+    of a sharded one."""
+    adapters = dict(adapted(model))
+    state = {}
+    for name, tensor in model.state_dict().items():
+        owner, _, part = name.rpartition(".")
+        if owner not in adapters:
+            state[name] = whole(tensor)
+        elif part == "base":
+            module = adapters[owner]
+            state[f"{owner}.weight"] = merged(*map(whole, (module.base, module.lora_a, module.lora_b)), module.scale)
     return state
-
-
-def adapter_state(model: nn.Module) -> dict[str, Tensor]:
-    """Only the adapters; empty where there are none."""
-    return {name: tensor for name, tensor in model.state_dict().items() if ".lora_" in name}
-
-
-def restore(gpt: GPT, adapters: dict[str, Tensor], folder: Path) -> None:
-    """Weights of a checkpoint folder: adapters onto the base that is loaded already, or else model.safetensors."""
-    file = folder / "model.safetensors"
-    if not any(adapted(gpt)):
-        load_model(gpt, file, device=str(gpt.output.weight.device))
-        return
-    missing, unexpected = gpt.load_state_dict(adapters, strict=False)
-    assert not unexpected and not any(".lora_" in name for name in missing), "adapters of another model"
-    saved = load_file(file)
-    for name, tensor in merged_state(gpt).items():
-        if not torch.allclose(tensor.cpu(), saved[name], rtol=1e-4, atol=1e-6):
-            raise ValueError(f"{folder} holds adapters for other base weights than --gpt_ckpt gives now ({name} "
-                             "differs): give the checkpoint that the run began with")

@@ -1,12 +1,10 @@
-"""Optimizers by name, the learning rate of each step, and reading a trainer's state back.
+"""Optimizers by name, and the learning rate of each step.
 
 `AdamW8bit` keeps both moments in 8 bits, block by block (as arXiv 2110.02861 does), so that a parameter's state takes
 2.03 bytes in place of 8. Levels are spaced evenly on a logarithmic scale, and values are rounded up or down at random
 in proportion: to the nearest level, a moment that changes by a per cent a step would never leave its level.
 """
 import math
-import pickle
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -34,16 +32,6 @@ def learning_rate(config, step: int) -> float:
         return config.learning_rate
     done = (step - config.warmup_steps) / max(1, config.exit_step - config.warmup_steps)
     return config.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
-
-
-def load_state(file: Path) -> dict:
-    """trainer.pt of a checkpoint folder."""
-    try:
-        # The CPU: on a GPU, each of Adam's step counters would cost a synchronization an update.
-        return torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError:
-        raise ValueError(f"{file} was refused and nothing in it was run: it holds more than tensors. Delete "
-                         f"{file.parent} to resume from the checkpoint before it") from None
 
 
 def signed_levels() -> Tensor:

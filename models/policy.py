@@ -50,7 +50,8 @@ class Scorer(nn.Module):
         flat = tokens.flatten()
         chunks = [checkpoint(self.head, hidden[i: i + self.chunk_tokens], flat[i: i + self.chunk_tokens],
                              use_reentrant=False) for i in range(0, len(flat), self.chunk_tokens)]
-        logps, entropies = (torch.cat(parts).view(tokens.shape) for parts in zip(*chunks))
+        # Copies: the hooks of a sharded module would be lost with a view that is changed in place.
+        logps, entropies = (torch.cat(parts).view(tokens.shape).clone() for parts in zip(*chunks))
         return logps, entropies
 
     def guided_hidden(self, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None) -> Tensor:

@@ -8,6 +8,7 @@
 - cpu: the float32 copy waits in the CPU's memory and moves in for its pass;
 - lora_base: no copy, the trained model with its adapters off; the only choice with --lora_rank;
 - auto: lora_base with --lora_rank, else float32.
+With --sharding each process holds its slice of the copy.
 """
 import copy
 from contextlib import contextmanager
@@ -16,6 +17,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
+from models import distributed
 from models.lora import adapted, base_alone
 from models.policy import Policy, Scorer
 
@@ -48,10 +50,18 @@ class Reference:
     def score(self, policy: Policy, condition: Tensor, tokens: Tensor, condition_mask: Tensor | None,
               batch_size: int) -> Tensor:
         """log-probabilities float32 [N, L] of `tokens`, without gradient, in batches."""
-        if self.kind == "bf16":
-            policy = replace(policy, autocast_dtype=torch.bfloat16)
         with self.ready():
-            return policy.score(self.scorer, condition, tokens, condition_mask, batch_size)
+            return self.rounding(policy).score(self.scorer, condition, tokens, condition_mask, batch_size)
+
+    def rounding(self, policy: Policy) -> Policy:
+        return replace(policy, autocast_dtype=torch.bfloat16) if self.kind == "bf16" else policy
+
+    def shard(self, policy: Policy, sharding: str) -> None:
+        """Leaves each process its slice; what is borrowed is its owner's to shard."""
+        if self.kind == "lora_base" or sharding == "none" or distributed.world_size() == 1:
+            return
+        offload, self.kind = self.kind == "cpu", "float32" if self.kind == "cpu" else self.kind
+        shard_scorer(self.rounding(policy), self.scorer.to(self.device), sharding, offload)
 
     @contextmanager
     def ready(self):
@@ -68,6 +78,18 @@ class Reference:
                     tensor.data = data
         else:
             yield
+        distributed.release(self.scorer)
+
+
+def shard_scorer(policy: Policy, scorer: Scorer, sharding: str, offload: bool = False) -> None:
+    """A block's matrices are gathered for its passes, in the dtype of the matrix products; its norms, the embeddings
+    and the head, which work in float32, with the whole."""
+    parts = [[block.attention, block.feed_forward] for block in scorer.gpt.layers]
+    distributed.shard(scorer, parts, sharding, policy.autocast_dtype, offload)
+    null = scorer.gpt.null_condition(1)
+    # FSDP takes the module that runs first for the whole: it must be the scorer, not a block in a rollout.
+    policy.score(scorer, null, torch.zeros(1, 2, dtype=torch.long, device=null.device), None, 1)
+    distributed.release(scorer)
 
 
 def tensors_of(module: nn.Module) -> list[Tensor]:

@@ -16,6 +16,7 @@ import os
 import re
 import shutil
 import textwrap
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,8 +24,13 @@ logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
 RESUMABLE_CHANGES = (
-    "exit_step", "save_steps", "save_total_limit", "report_to", "output_dir", "run_name", "max_reward_failures",
-    "offload",
+    "exit_step", "save_steps", "save_total_limit", "report_to", "output_dir", "run_name", "offload",
+    # guards, and how checkpoints are written
+    "max_reward_failures", "max_logp_gap", "max_kl", "min_entropy", "on_divergence", "max_rollbacks", "async_save",
+    "on_save_failure", "comm_timeout",
+    # how a batch is cut and the weights are spread; "images_per_update" is all that the mathematics knows of it
+    "num_processes", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size",
+    "rollout_batch_size", "sharding",
     # where and how rewards are computed, not what they are
     "reward_models", "reward_batch_size", "reward_device", "offload_rewards", "deqa_url", "unireward_url", "qwenvl_url",
     "geneval_url", "reward_servers", "reward_deadline", "reward_retries", "reward_concurrency")
@@ -41,6 +47,7 @@ class RunFolder:
         self.path = Path(path)
         self._tensorboard = _wants_tensorboard(report_to)
         self._writer = None
+        self._waiting: dict[str, list[str]] = {}  # file -> lines that the disk did not take
         self._first_step = 0  # TensorBoard hides what an earlier process logged from here on
         config = json.loads(json.dumps(config))  # tuples become lists, as in the stored one
         try:
@@ -58,14 +65,33 @@ class RunFolder:
         assert "step" not in metrics, "'step' is given by itself, not as a metric"
         numbers = {key: float(value) for key, value in metrics.items()}
         line = {"step": step, **{key: value if math.isfinite(value) else None for key, value in numbers.items()}}
-        with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(line, allow_nan=False) + "\n")
+        self._append("metrics.jsonl", line)
         if self._tensorboard:
             self._log_tensorboard(step, numbers)
 
+    def event(self, event: str, **details) -> None:
+        """Appends a line to events.jsonl: what is rare, and never forgotten (`truncate` leaves it)."""
+        line = {"event": event, "time": time.strftime("%Y-%m-%dT%H:%M:%S"), **details}
+        self._append("events.jsonl", line)
+
+    def _append(self, name: str, line: dict) -> None:
+        """A full disk must not end a run: lines wait until there is room, and no half of one is left."""
+        path, waiting = self.path / name, self._waiting.setdefault(name, [])
+        waiting.append(json.dumps(line, allow_nan=False) + "\n")
+        size = path.stat().st_size if path.exists() else 0
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write("".join(waiting))
+        except OSError as error:
+            if path.exists():
+                os.truncate(path, size)
+            logger.warning("%s cannot be written (%s): its lines wait until it can", path, error.strerror)
+        else:
+            waiting.clear()
+
     def truncate(self, step: int) -> None:
         """Forgets what was logged after `step` (-1: everything): a killed run logs further than its checkpoint."""
-        assert self._writer is None, "truncate before the first log"
+        self.close()
         self._first_step = step + 1
         path = self.path / "metrics.jsonl"
         if not path.exists():
@@ -80,19 +106,32 @@ class RunFolder:
     def save_checkpoint(self, step: int, write: Callable[[Path], None], total_limit: int | None = None) -> Path:
         """`write(folder)` fills a temporary folder, which becomes checkpoint-STEP once all of it is on the disk.
         When anything fails, the temporary folder goes and the older checkpoints stay."""
+        try:
+            write(self.open_checkpoint(step))
+            return self.commit_checkpoint(step, total_limit)
+        finally:
+            self.abandon_checkpoint()
+
+    def open_checkpoint(self, step: int) -> Path:
+        """An empty temporary folder for the files of checkpoint-STEP; `commit_checkpoint` makes it one."""
+        temporary = self.path / f"{_TEMPORARY}checkpoint-{step}"
+        temporary.mkdir()
+        return temporary
+
+    def commit_checkpoint(self, step: int, total_limit: int | None = None) -> Path:
         assert total_limit is None or total_limit >= 1, f"total_limit {total_limit} would keep no checkpoint"
         final = self.path / f"checkpoint-{step}"
         temporary = self.path / f"{_TEMPORARY}{final.name}"
-        try:
-            temporary.mkdir()
-            write(temporary)
-            _seal(temporary)
-            _replace_folder(temporary, final)
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
+        _seal(temporary)
+        _replace_folder(temporary, final)
         if total_limit is not None:
             self._delete_old(step, total_limit)
         return final
+
+    def abandon_checkpoint(self) -> None:
+        """Removes what was opened and not committed."""
+        for temporary in self.path.glob(f"{_TEMPORARY}checkpoint-*"):
+            shutil.rmtree(temporary, ignore_errors=True)
 
     def latest_checkpoint(self) -> tuple[Path, int] | None:
         """The newest checkpoint whose checksums hold, and its step."""
@@ -106,10 +145,13 @@ class RunFolder:
     def save_grid(self, step: int, images, captions: list[str], columns: int) -> Path:
         """images: uint8 numpy [N, H, W, 3] -> samples/step_000123.png, each picture with its caption under it."""
         path = self.path / "samples" / f"step_{step:06d}.png"
-        path.parent.mkdir(exist_ok=True)
         encoded = io.BytesIO()
         _grid(images, captions, columns).save(encoded, format="PNG")
-        atomic_write_bytes(path, encoded.getvalue())
+        try:
+            path.parent.mkdir(exist_ok=True)
+            atomic_write_bytes(path, encoded.getvalue())
+        except OSError as error:  # a picture less is no reason to stop
+            logger.warning("%s was not written (%s)", path, error.strerror)
         return path
 
     def close(self) -> None:
@@ -122,8 +164,12 @@ class RunFolder:
             from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
             self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step, flush_secs=10)
-        for key, value in numbers.items():
-            self._writer.add_scalar(key, value, step)
+        try:
+            for key, value in numbers.items():
+                self._writer.add_scalar(key, value, step)
+        except OSError as error:
+            self._tensorboard = False
+            logger.warning("TensorBoard's events end here: %s", error)
 
     def _refuse_changes(self, config: dict, allowed) -> None:
         path = self.path / "config.json"
@@ -133,6 +179,8 @@ class RunFolder:
             stored = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --run_name") from error
+        if stored.get("num_processes") != config.get("num_processes"):
+            allowed = (*allowed, "images_per_update")
         changes = [
             f"{key}: {_shown(stored, key)} -> {_shown(config, key)}"
             for key in sorted(stored.keys() | config.keys())
@@ -163,7 +211,11 @@ class RunFolder:
         return {int(match[1]): folder for match, folder in matches if match and folder.is_dir()}
 
     def _delete_old(self, saved: int, total_limit: int) -> None:
-        others = {step: folder for step, folder in self._checkpoints().items() if step != saved}
+        checkpoints = self._checkpoints()
+        if damage := checkpoint_damage(checkpoints[saved]):  # as the disk gives it back: the others may be all there is
+            logger.warning("%s is damaged (%s): no older checkpoint is deleted", checkpoints[saved], damage)
+            return
+        others = {step: folder for step, folder in checkpoints.items() if step != saved}
         # A step beyond the one just saved was damaged, or this run would have resumed from it: it goes first.
         order = sorted(others, key=lambda step: (step < saved, step))
         for step in order[: max(0, len(order) - (total_limit - 1))]:

@@ -218,7 +218,7 @@ def test_too_many_failed_rewards_save_and_stop(world, tmp_path):
     assert "brightness failed on 8 of 16" in str(stopped.value)
     assert (tmp_path / "checkpoint-1" / "trainer.pt").is_file()
     resumed = make_trainer(world, tmp_path, exit_step=5, max_reward_failures=0.3)
-    assert resumed.resume() == 1
+    assert resumed.checkpoints.resume() == 1
     same(weights(trainer), weights(resumed))
     resumed.reward_set.rewards = good
     resumed.train()

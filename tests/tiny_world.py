@@ -62,7 +62,7 @@ def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weig
     reward_set = RewardSet(rewards, weights)
     return GRPOTrainer(grpo, policy, (CONDITIONS, reward_set), (CONDITIONS[:3], reward_set),
                        run and RunFolder(run, {"config": repr(grpo)}, "none"),
-                       lambda folder: save_policy(folder, policy, stored))
+                       lambda folder, weights: save_policy(folder, policy, stored, weights))
 
 
 def weights(trainer: GRPOTrainer) -> dict[str, torch.Tensor]:

@@ -111,7 +111,7 @@ def lean_step(config: TrainStepConfig) -> Callable[[Rollout, Metrics], None]:
                     autocast_dtype=torch.bfloat16 if config.bf16 else None)
     # No sampler to agree with here.
     grpo = replace(config.grpo, max_logp_gap=1e9)
-    trainer = GRPOTrainer(grpo, policy, ([None], None), None, None, lambda folder: None)
+    trainer = GRPOTrainer(grpo, policy, ([None], None), None, None, lambda folder, weights: None)
 
     def step(minibatch: Rollout, metrics: Metrics) -> None:
         size = trainer.micro_batch_size if trainer.micro_batch_size != "auto" else config.batch_size
