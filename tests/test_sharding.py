@@ -1,4 +1,8 @@
-"""FSDP2 on gloo processes against DDP and one process, and checkpoints that move between them."""
+"""FSDP2 on gloo processes against DDP and one process, and checkpoints that move between them.
+
+With as many GPUs as processes the same tests run with nccl.
+"""
+import json
 import os
 import shutil
 import socket
@@ -7,16 +11,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import multiprocessing
 
+from grpo_trainer import GRPOConfig
 from models import distributed
 from models.lora import LoRAConfig, add_adapters
+from tests import tiny_world
 from tests.tiny_world import make_trainer, make_world, weights
 
 OPTIONS = dict(num_generations=4, num_minibatches=2, beta=0.05, learning_rate=1e-4, sampling=dict(cfg_scale=2.0),
                save_steps=2, gradient_accumulation_steps=2, exit_step=5)
 IMAGES = 16  # of an update, over all processes
-GPU = torch.cuda.is_available() and torch.cuda.device_count() > 1
 
 
 def train(world: Path, run: Path, checkpointing: bool = True, **changes) -> dict[str, torch.Tensor]:
@@ -27,7 +33,7 @@ def train(world: Path, run: Path, checkpointing: bool = True, **changes) -> dict
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grpo_trainer.write_report", lambda folder: None)
         patch.setattr("models.run_folder.RunFolder._refuse_changes", lambda *_: None)  # sizes change on purpose
-        trainer = make_trainer(world, run if distributed.is_main() else None, **options)
+        trainer = make_trainer(world, run if distributed.is_main() else None, device=distributed.setup(), **options)
         trainer.scorer.gpt.gradient_checkpointing = checkpointing
         trainer.train()
     return {name: distributed.whole(tensor).clone() for name, tensor in weights(trainer).items()}
@@ -36,6 +42,8 @@ def train(world: Path, run: Path, checkpointing: bool = True, **changes) -> dict
 def start(rank: int, size: int, port: int, local_size: int, job, output: Path) -> None:
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(size), MASTER_ADDR="127.0.0.1",
                       MASTER_PORT=str(port), LOCAL_WORLD_SIZE=str(local_size))
+    if torch.cuda.device_count() < size:
+        torch.cuda.is_available = lambda: False
     distributed.setup(timeout_sec=60)
     result = job()
     if rank == 0:
@@ -79,13 +87,60 @@ def assert_near(first: dict, second: dict) -> None:
         torch.testing.assert_close(first[name].cpu(), second[name].cpu(), rtol=0, atol=1e-5, msg=name)
 
 
-def test_full_sharding_equals_ddp_and_one_process(world, alone, tmp_path):
-    sharded = on_processes(2, partial(train, world, tmp_path / "full", sharding="full"), tmp_path)
-    replicated = on_processes(2, partial(train, world, tmp_path / "ddp"), tmp_path)
-    assert_near(sharded, alone[0])
-    assert_near(sharded, replicated)
+def on_two(world: Path, folder: Path) -> dict[str, dict]:
+    """All that the tests below want of two processes, in one start of them."""
+    def run(name: str, **changes):
+        return train(world, folder / name, **changes)
+
+    results = {"full": run("full", sharding="full"), "ddp": run("ddp")}
+    run("to_one", sharding="full", exit_step=2)
+    run("to_ddp", sharding="full", exit_step=2)
+    results["to_ddp"] = run("to_ddp")
+    run("from_one", sharding="full", reference="bf16", async_save=True, exit_step=6)
+    results["held"] = held_by_a_process(world)
+    adapted(world, folder / "adapted", sharding="full")
+    return results
+
+
+def held_by_a_process(world: Path) -> dict[str, int]:
+    """Numbers of one matrix that a process holds between rollouts, in one and after it, and of the reference's."""
+    options = OPTIONS | dict(per_device_train_batch_size=4, sharding="full")
+    trainer = make_trainer(world, None, device=distributed.setup(), **options)
+    matrix = trainer.scorer.gpt.layers[0].attention.wqkv
+    reference = trainer.reference.scorer.gpt.layers[0].attention.wqkv
+    held = {"between": matrix.weight.to_local().numel(), "reference": reference.weight.to_local().numel()}
+    with distributed.gathered(trainer.model):
+        held["within"] = matrix.weight.data.untyped_storage().nbytes() // 4
+        assert type(matrix.weight.data) is torch.Tensor  # what the decoder prepares its weights from
+    return held | {"after": matrix.weight.to_local().numel()}
+
+
+def adapted(world: Path, run: Path, **changes) -> None:
+    def with_adapters(*inputs):
+        policy = load(*inputs)
+        add_adapters(policy.gpt, LoRAConfig(lora_rank=2))
+        return policy
+
+    load = tiny_world.load_policy
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tiny_world, "load_policy", with_adapters)
+        train(world, run, **changes)
+
+
+@pytest.fixture(scope="module")
+def two(world, alone, tmp_path_factory):
+    """(results of `on_two`, its folder)."""
+    folder = tmp_path_factory.mktemp("two")
+    shutil.copytree(alone[1], folder / "from_one")
+    shutil.rmtree(folder / "from_one" / "checkpoint-5")
+    return on_processes(2, partial(on_two, world, folder), folder), folder
+
+
+def test_full_sharding_equals_ddp_and_one_process(world, alone, two):
+    assert_near(two[0]["full"], alone[0])
+    assert_near(two[0]["full"], two[0]["ddp"])
     begin = weights(make_trainer(world, None))
-    assert max((sharded[name] - begin[name]).abs().max() for name in begin) > 3e-4  # far beyond the tolerance
+    assert max((two[0]["full"][name] - begin[name]).abs().max() for name in begin) > 3e-4  # far beyond the tolerance
 
 
 def test_hybrid_sharding_on_two_machines_of_two(world, alone, tmp_path):
@@ -93,72 +148,33 @@ def test_hybrid_sharding_on_two_machines_of_two(world, alone, tmp_path):
     assert_near(hybrid, alone[0])
 
 
-def resumed_at(world: Path, run: Path, **changes) -> dict[str, torch.Tensor]:
-    return train(world, run, **changes)
-
-
-@pytest.mark.parametrize("then", ("one", "ddp"))
-def test_a_sharded_checkpoint_goes_on_elsewhere(world, alone, tmp_path, then):
-    """Two steps sharded over two processes, the rest on one, or replicated on two: the same run."""
-    run = tmp_path / "run"
-    on_processes(2, partial(train, world, run, sharding="full", exit_step=2), tmp_path)
+def test_a_sharded_checkpoint_goes_on_elsewhere(world, alone, two):
+    """Two steps sharded over two processes; the rest on one, or replicated on two: the same run."""
+    run = two[1] / "to_one"
     shards = sorted(path.name for path in (run / "checkpoint-2" / "optimizer").iterdir())
     assert [name.split("-")[1] for name in shards] == ["00001", "00002"]  # each process wrote its own
-    job = partial(train, world, run)
-    assert_near(job() if then == "one" else on_processes(2, job, tmp_path), alone[0])
+    assert_near(train(world, run), alone[0])
+    assert_near(two[0]["to_ddp"], alone[0])
 
 
-def test_a_checkpoint_of_one_process_goes_on_sharded(world, alone, tmp_path):
-    shutil.copytree(alone[1], tmp_path / "run")
-    shutil.rmtree(tmp_path / "run" / "checkpoint-5")
-    job = partial(train, world, tmp_path / "run", sharding="full", reference="bf16", async_save=True, exit_step=6)
-    on_processes(2, job, tmp_path)
-    assert (tmp_path / "run" / "checkpoint-6" / "optimizer").is_dir()
+def test_a_checkpoint_of_one_process_goes_on_sharded(two):
+    run = two[1] / "from_one"
+    assert len(list((run / "checkpoint-6" / "optimizer").iterdir())) == 2
+    assert [json.loads(line)["step"] for line in (run / "metrics.jsonl").read_text().splitlines()] == list(range(1, 7))
 
 
-def sharded_details(world: Path) -> dict:
-    """What a process holds between steps, in a rollout, and after it; with adapters."""
-    trainer = make_trainer(world, None, sharding="full", **{**OPTIONS, "per_device_train_batch_size": 4})
-    matrix = trainer.scorer.gpt.layers[0].attention.wqkv
-    held = {"slice": matrix.weight.to_local().numel(), "whole": matrix.weight.numel()}
-    with distributed.gathered(trainer.model):
-        held["gathered"] = matrix.weight.numel() - 0 * matrix.weight.sum().item()
-        held["plain"] = type(matrix.weight.data) is torch.Tensor
-    held["after"] = matrix.weight.to_local().numel()
-    held["reference"] = trainer.reference.scorer.gpt.layers[0].attention.wqkv.weight.to_local().numel()
-    return held
+def test_each_process_holds_its_slice(two):
+    held = two[0]["held"]
+    assert held["between"] == held["after"] == held["reference"] == held["within"] // 2
 
 
-def test_each_process_holds_its_slice(world, tmp_path):
-    held = on_processes(2, partial(sharded_details, world), tmp_path)
-    assert held["plain"] and held["gathered"] == held["whole"]
-    assert held["slice"] == held["after"] == held["reference"] == held["whole"] // 2
-
-
-def adapted(world: Path, run: Path, **changes) -> dict[str, torch.Tensor]:
-    """A run with adapters, whose checkpoint's exported weights are returned."""
-    from safetensors.torch import load_file
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("tests.tiny_world.load_policy", partial(with_adapters, make_trainer.__globals__["load_policy"]))
-        train(world, run, **changes)
-    return load_file(run / "checkpoint-5" / "model.safetensors")
-
-
-def with_adapters(load, *inputs):
-    policy = load(*inputs)
-    add_adapters(policy.gpt, LoRAConfig(lora_rank=2))
-    return policy
-
-
-def test_adapters_are_sharded_too(world, tmp_path):
-    whole = adapted(world, tmp_path / "alone")
-    on_processes(2, partial(adapted, world, tmp_path / "run", sharding="full", exit_step=2 + 3), tmp_path)
-    from safetensors.torch import load_file
-
-    assert_near(load_file(tmp_path / "run" / "checkpoint-5" / "model.safetensors"), whole)
+def test_adapters_are_sharded_too(world, two, tmp_path):
+    adapted(world, tmp_path / "run")
+    ours, whole = (load_file(run / "checkpoint-5" / "model.safetensors")
+                   for run in (two[1] / "adapted", tmp_path / "run"))
+    assert_near(ours, whole)
 
 
 def test_eight_bit_moments_and_shards_exclude_each_other():
     with pytest.raises(ValueError, match="adamw_8bit does not go with sharding full"):
-        make_trainer(Path("nowhere"), None, optimizer="adamw_8bit", sharding="full")
+        GRPOConfig(optimizer="adamw_8bit", sharding="full")

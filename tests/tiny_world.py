@@ -53,12 +53,12 @@ def policy_config(folder: Path) -> PolicyConfig:
 
 
 def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None,
-                 guidance_logprob="guided", **config) -> GRPOTrainer:
+                 guidance_logprob="guided", device="cpu", **config) -> GRPOTrainer:
     """As train_c2i.train composes it, with `config` on top of SMALL; run: where to log, None for nowhere."""
     grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), policy_config(world)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
-    policy = load_policy(stored, sampling, torch.device("cpu"))
+    policy = load_policy(stored, sampling, torch.device(device))
     reward_set = RewardSet(rewards, weights)
     return GRPOTrainer(grpo, policy, (CONDITIONS, reward_set), (CONDITIONS[:3], reward_set),
                        run and RunFolder(run, {"config": repr(grpo)}, "none"),
