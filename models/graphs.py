@@ -33,7 +33,8 @@ class StepGraphs:
     def capture(self, key: tuple) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph, pool=self.pool):
+            # thread_local: the thread that decodes and scores may allocate meanwhile
+            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
                 self.step(*key)
         except RuntimeError as error:
             logger.warning("decoding without CUDA graphs: the capture of step %s failed (%s)", key, error)

@@ -17,6 +17,7 @@ from models.generate import Engine, Generation, SamplingConfig, evaluation_mode,
     row_batches, token_statistics
 from models.gpt import GPT
 from models.head import logits_of
+from models.streams import Beside
 from models.vq import VQModel
 
 GUIDANCE_MODES = ("guided", "guided_detach_uncond", "conditional")
@@ -170,30 +171,38 @@ class Policy:
     @torch.no_grad()
     def sample_and_score(self, conditions, seeds, num_generations: int, reward_set, batch_size: int = 0,
                          timed=untimed) -> Samples:
-        """Samples and decodes `num_generations` images per condition, about batch_size at a time (0: all), and begins
-        to score each batch while the next is sampled.
+        """Samples and decodes `num_generations` images per condition, about batch_size at a time (0: all). On GPUs each
+        batch is decoded and scored while the next is sampled.
 
         reward_set: img_gen_grpo_rewards.RewardSet; its `collect(samples.pending)` waits for the scores. timed(name) is
         a context that counts the seconds spent inside.
         """
         group = num_generations
         per_batch = max(1, batch_size // group) if batch_size else len(conditions)
+        overlapping = self.device.type == "cuda" and len(conditions) > per_batch
+        clock = untimed if overlapping else timed  # the device's queue, which a clock awaits, is the next rollout's too
+        beside = Beside(self.device, overlapping)
         with timed("seconds/encode"):
             encoded = self.encode(conditions)
-        parts, pending = [], []
+        generations, scored = [], []
         for start in range(0, len(conditions), per_batch):
             prompts = slice(start, start + per_batch)
             asked = [condition for condition in conditions[prompts] for _ in range(group)]
             with timed("seconds/sample"):
                 condition, mask = (None if part is None else part[prompts] for part in encoded)
                 generation = self.sample(condition, mask, seeds[start * group: (start + per_batch) * group], group)
-            with timed("seconds/decode"):
-                images = self.decode(generation.tokens)
-            with timed("seconds/score"):
-                scoring = reward_set.start(images, [c.prompt for c in asked], [c.metadata for c in asked])
-            pending.append(scoring)
-            parts.append((generation.tokens, generation.logps, generation.entropies, images))
-        return Samples(encoded, *(torch.cat(column) for column in zip(*parts)), pending)
+
+            def decode_and_score(tokens: Tensor, asked: list = asked) -> tuple[Tensor, object]:
+                with clock("seconds/decode"):
+                    images = self.decode(tokens)
+                with clock("seconds/score"):
+                    return images, reward_set.start(images, [c.prompt for c in asked], [c.metadata for c in asked])
+
+            generations.append((generation.tokens, generation.logps, generation.entropies))
+            scored.append(beside.run(decode_and_score, generation.tokens))
+        with timed("seconds/score"):
+            images, pending = zip(*(wait() for wait in scored))
+        return Samples(encoded, *(torch.cat(column) for column in zip(*generations)), torch.cat(images), list(pending))
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
