@@ -62,6 +62,7 @@ def write_report(run_folder: Path) -> Path:
         f"<h1>{html.escape(str(config.get('run_name') or run_folder.resolve().name))}</h1><p>Step {last_step}</p>",
         section("Before and after", _before_after(run_folder / "samples")),
         section("Held-out evaluation", _evaluation_table(series)),
+        *_events(run_folder / "events.jsonl"),
         section("Curves", "".join(figure(png, title) for title, png in curves.items())),
         section("Configuration", table(("option", "value"), [(key, json.dumps(config[key])) for key in config])),
         section("Environment", table(("", "version"), list(environment().items()))),
@@ -71,6 +72,19 @@ def write_report(run_folder: Path) -> Path:
     path = run_folder / "report.html"
     path.write_text(page(parts), encoding="utf-8")
     return path
+
+
+def _events(path: Path) -> list[str]:
+    """What was rare: rollbacks, failed checkpoints, interruptions; nothing where there was none."""
+    rows = []
+    for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else ():
+        try:
+            line = dict(json.loads(text))
+        except (ValueError, TypeError):  # half a line of a killed run
+            continue
+        told = ", ".join(f"{key}: {value}" for key, value in line.items() if key not in ("time", "event", "step"))
+        rows.append((str(line.get("time")), str(line.get("step")), str(line.get("event")), told))
+    return [section("Events", table(("time", "step", "event", ""), rows))] if rows else []
 
 
 def read_metrics(path: Path) -> tuple[Series, int]:

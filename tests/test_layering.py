@@ -41,6 +41,7 @@ ALLOWED = {
     "models.build": {"models.checkpoint", "models.generate", "models.gpt", "models.policy", "models.text"},
     "benchmark.shapes.sweep": EVERYTHING,
     "benchmark.speed.train_step": {"benchmark", "grpo_trainer", "models"},
+    "benchmark.speed.scaling": {"dataset", "grpo_trainer", "img_gen_grpo_rewards", "models"},
     "benchmark": {"benchmark", "dataset", "reward_utils", "img_gen_grpo_rewards", "fid_evaluation", "models"},
     "scripts": set(),
     "scripts.pretraining": {"models.gpt"},

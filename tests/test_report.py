@@ -112,3 +112,12 @@ def test_command_line(tmp_path):
     assert call(run).stdout.strip() == str(run / "report.html")
     failed = call(tmp_path / "absent")
     assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+
+
+def test_events_are_shown_and_half_a_line_is_not(tmp_path):
+    run = full_run(tmp_path / "run")
+    assert "Events" not in write_report(run).read_text(encoding="utf-8")
+    event = {"time": "2026-01-02T03:04:05", "event": "diverged", "step": 7, "reason": "kl <b>", "action": "rollback"}
+    (run / "events.jsonl").write_text(json.dumps(event) + "\n" + '{"event": "cut')
+    page = write_report(run).read_text(encoding="utf-8")
+    assert "<td>diverged</td><td>reason: kl &lt;b&gt;, action: rollback</td>" in page and "cut" not in page

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import multiprocessing
 
+from benchmark.speed import scaling
 from grpo_trainer import GRPOConfig
 from models import distributed
 from models.lora import LoRAConfig, add_adapters
@@ -98,6 +99,7 @@ def on_two(world: Path, folder: Path) -> dict[str, dict]:
     results["to_ddp"] = run("to_ddp")
     run("from_one", sharding="full", reference="bf16", async_save=True, exit_step=6)
     results["held"] = held_by_a_process(world)
+    results["sent"] = {kind: sent_in_a_step(world, kind) for kind in ("none", "full")}
     adapted(world, folder / "adapted", sharding="full")
     return results
 
@@ -113,6 +115,14 @@ def held_by_a_process(world: Path) -> dict[str, int]:
         held["within"] = matrix.weight.data.untyped_storage().nbytes() // 4
         assert type(matrix.weight.data) is torch.Tensor  # what the decoder prepares its weights from
     return held | {"after": matrix.weight.to_local().numel()}
+
+
+def sent_in_a_step(world: Path, sharding: str) -> tuple[int, int]:
+    """(counted, predicted) bytes that a process hands to collectives."""
+    trainer = make_trainer(world, None, device=distributed.setup(), sharding=sharding, per_device_train_batch_size=8)
+    with scaling.Sent() as sent:
+        scaling.one_step(trainer, 0)
+    return sum(sent.nbytes.values()), scaling.predicted_bytes(trainer, sharding)
 
 
 def adapted(world: Path, run: Path, **changes) -> None:
@@ -143,8 +153,21 @@ def test_full_sharding_equals_ddp_and_one_process(world, alone, two):
     assert max((two[0]["full"][name] - begin[name]).abs().max() for name in begin) > 3e-4  # far beyond the tolerance
 
 
-def test_hybrid_sharding_on_two_machines_of_two(world, alone, tmp_path):
-    hybrid = on_processes(4, partial(train, world, tmp_path / "run", sharding="hybrid"), tmp_path, local_size=2)
+def first_images(world: Path) -> torch.Tensor:
+    """Tokens of the first rollout, of all processes in the order of its prompts."""
+    size = IMAGES // 2 // distributed.world_size()
+    trainer = make_trainer(world, None, device=distributed.setup(), **OPTIONS | dict(per_device_train_batch_size=size))
+    rollout = trainer.rollout(0, distributed.Metrics(trainer.device))
+    return distributed.gather_groups(rollout.tokens, OPTIONS["num_generations"])
+
+
+def on_four(world: Path, folder: Path) -> tuple[torch.Tensor, dict]:
+    return first_images(world), train(world, folder / "run", sharding="hybrid")
+
+
+def test_two_machines_of_two_processes_draw_and_learn_the_same(world, alone, tmp_path):
+    images, hybrid = on_processes(4, partial(on_four, world, tmp_path), tmp_path, local_size=2)
+    assert torch.equal(images.cpu(), first_images(world))
     assert_near(hybrid, alone[0])
 
 
@@ -166,6 +189,11 @@ def test_a_checkpoint_of_one_process_goes_on_sharded(two):
 def test_each_process_holds_its_slice(two):
     held = two[0]["held"]
     assert held["between"] == held["after"] == held["reference"] == held["within"] // 2
+
+
+def test_a_step_sends_what_the_parameters_predict(two):
+    for counted, predicted in two[0]["sent"].values():
+        assert counted == pytest.approx(predicted, rel=0.1)
 
 
 def test_adapters_are_sharded_too(world, two, tmp_path):
