@@ -55,6 +55,7 @@ class GRPOConfig:
     guidance_logprob: str = "guided"  # what is scored: guided, guided_detach_uncond, conditional (models/policy.py)
     head_chunk_tokens: int = 1024  # tokens whose logits are held at a time
     optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
+    sharding: Literal["none", "full", "hybrid"] = "none"
     learning_rate: float = 1e-5
     lr_scheduler: str = "constant"  # after the warm-up: constant, cosine
     warmup_steps: int = 0
