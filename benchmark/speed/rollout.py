@@ -164,8 +164,8 @@ def main(argv: list[str] | None = None) -> RolloutSpeed:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     print(f"{machine_name(torch.device(config.device))}; torch {torch.__version__}; {config.gpt_model} "
-          f"{config.gpt_type}, {config.image_size} px, {config.batch_size} images, guidance {config.cfg_scale}, {config.rollout_dtype}",
-          flush=True)
+          f"{config.gpt_type}, {config.image_size} px, {config.batch_size} images, guidance {config.cfg_scale}, "
+          f"{config.rollout_dtype}", flush=True)
     speed = measure(config)
     print("\n".join(as_lines(config, speed)))
     return speed
