@@ -179,7 +179,7 @@ class Rollout:
         self.uniforms = torch.zeros(capacity, self.num_tokens, dtype=torch.float64, device=weight.device)
         self.tokens = torch.zeros_like(self.uniforms, dtype=torch.long)
         self.logps, self.entropies = (torch.zeros_like(self.uniforms, dtype=torch.float32) for _ in range(2))
-        self.step = StepGraphs(self.plain_step, enabled=weight.is_cuda)
+        self.graphs = StepGraphs(enabled=weight.is_cuda)
 
     def begin(self, condition: Tensor, condition_mask: Tensor | None, uniforms: Tensor, group: int) -> None:
         """Loads the weights as they are now and the conditions; uniforms float64 [P group, L]."""
@@ -194,7 +194,7 @@ class Rollout:
     def run(self) -> None:
         for i in range(self.num_tokens - 1):
             length = self.decoder.read_length(self.gpt.config.cls_token_num + i)
-            self.step(length, i < self.num_guided, i + 1 < self.num_guided)
+            self.graphs(self.plain_step, length, i < self.num_guided, i + 1 < self.num_guided)
         self.sample(self.num_tokens - 1 < self.num_guided)
 
     def plain_step(self, length: int, guided: bool, next_guided: bool) -> None:

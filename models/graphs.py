@@ -14,28 +14,29 @@ class StepGraphs:
     """Replays step(*key) as one CUDA graph per key, all from one memory pool.
 
     `step` reads and writes static buffers alone, so that a replay is a call. The first call of a key runs it, which
-    warms up what a capture may not start (cuBLAS, lazy kernels); capturing runs nothing.
+    warms up what a capture may not start (cuBLAS, lazy kernels); capturing runs nothing. It is not kept: the owner of
+    the buffers would be part of a cycle, and they would wait for Python's garbage collector.
     """
 
-    def __init__(self, step: Callable[..., None], enabled: bool):
-        self.step, self.enabled = step, enabled
+    def __init__(self, enabled: bool):
+        self.enabled = enabled
         self.graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
         self.pool = None
 
-    def __call__(self, *key: Hashable) -> None:
+    def __call__(self, step: Callable[..., None], *key: Hashable) -> None:
         if key in self.graphs:
             self.graphs[key].replay()
             return
-        self.step(*key)
+        step(*key)
         if self.enabled:
-            self.capture(key)
+            self.capture(step, key)
 
-    def capture(self, key: tuple) -> None:
+    def capture(self, step: Callable[..., None], key: tuple) -> None:
         graph = torch.cuda.CUDAGraph()
         try:
             # thread_local: the thread that decodes and scores may allocate meanwhile
             with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                self.step(*key)
+                step(*key)
         except RuntimeError as error:
             logger.warning("decoding without CUDA graphs: the capture of step %s failed (%s)", key, error)
             self.enabled = False

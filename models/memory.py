@@ -15,27 +15,29 @@ SHARE = 0.9  # of the free memory that may be planned for: fragments, and what t
 
 
 class Meter(TorchDispatchMode):
-    """Counts the bytes of tensors made inside: `live` now, `peak` at most, and the largest single one."""
+    """Counts the bytes of tensors made inside: `live` now, `peak` at most, the largest single one, all ever `made`."""
 
     def __init__(self):
         super().__init__()
-        self.live = self.peak = self.largest = 0
+        self.live = self.peak = self.largest = self.made = 0
         self.seen: dict[int, weakref.finalize] = {}
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        known = {storage_of(leaf)._cdata for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
+        known = {key_of(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and storage_of(leaf)._cdata not in known:
-                self.add(storage_of(leaf))
+            if isinstance(leaf, Tensor) and key_of(leaf) not in known:
+                self.add(leaf)
         return out
 
-    def add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
+    def add(self, tensor: Tensor) -> None:
+        key, owner = key_of(tensor), owner_of(tensor)
         if key in self.seen:  # a view of something counted
             return
-        self.seen[key] = weakref.finalize(storage, self.forget, key, size)
+        size = tensor.numel() * tensor.element_size() if owner is tensor else owner.nbytes()
+        self.seen[key] = weakref.finalize(owner, self.forget, key, size)
         self.live += size
+        self.made += size
         self.peak, self.largest = max(self.peak, self.live), max(self.largest, size)
 
     def forget(self, key: int, size: int) -> None:
@@ -43,8 +45,13 @@ class Meter(TorchDispatchMode):
         self.live -= size
 
 
-def storage_of(tensor: Tensor) -> torch.UntypedStorage:
-    return tensor.untyped_storage()
+def owner_of(tensor: Tensor) -> Tensor | torch.UntypedStorage:
+    """What holds the memory: a storage, but weights packed for oneDNN have none."""
+    return tensor if tensor.is_mkldnn else tensor.untyped_storage()
+
+
+def key_of(tensor: Tensor) -> int:
+    return id(tensor) if tensor.is_mkldnn else tensor.untyped_storage()._cdata
 
 
 def peak_bytes(work: Callable[[], object], device: torch.device) -> int:

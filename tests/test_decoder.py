@@ -1,5 +1,7 @@
 """The rollout engine against a slow path that runs the whole sequence anew for every token."""
+import gc
 import logging
+import weakref
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -222,6 +224,21 @@ def fake_cuda_graphs(monkeypatch, buffers, replay):
 
 
 @torch.no_grad()
+def test_a_dropped_rollout_frees_its_buffers_at_once():
+    """They are gigabytes: nothing may keep them until the garbage collector runs."""
+    condition, mask = tiny_condition("c2i")
+    rollout = begun(tiny_gpt("c2i"), SamplingConfig(), condition, mask, SEEDS, 2)
+    rollout.run()
+    freed = weakref.ref(rollout)
+    gc.disable()
+    try:
+        del rollout
+        assert freed() is None
+    finally:
+        gc.enable()
+
+
+@torch.no_grad()
 def test_captured_steps_write_what_plain_ones_write(monkeypatch):
     gpt, (condition, mask) = tiny_gpt("t2i"), tiny_condition("t2i")
     sampling = SamplingConfig(cfg_scale=2.0, cfg_interval=3)
@@ -229,22 +246,22 @@ def test_captured_steps_write_what_plain_ones_write(monkeypatch):
     buffers = [rollout.hidden, rollout.index, rollout.tokens, rollout.logps, rollout.entropies,
                rollout.decoder.cache.data]
     captured = fake_cuda_graphs(monkeypatch, buffers, rollout.plain_step)
-    rollout.step.enabled = True
-    capture = rollout.step.capture
-    monkeypatch.setattr(rollout.step, "capture",
-                        lambda key: (capture(key), setattr(rollout.step.graphs[key], "key", key)))
+    rollout.graphs.enabled = True
+    capture = rollout.graphs.capture
+    monkeypatch.setattr(rollout.graphs, "capture",
+                        lambda step, key: (capture(step, key), setattr(rollout.graphs.graphs[key], "key", key)))
     for _ in range(2):
         rollout.begin(condition, mask, row_uniforms(SEEDS, L), 2)
         rollout.run()
         assert torch.equal(rollout.tokens, generate(gpt, condition, sampling, mask, SEEDS, 2).tokens)
-    assert set(rollout.step.graphs) == {(8, True, True), (12, True, True), (12, True, False), (12, False, False),
+    assert set(rollout.graphs.graphs) == {(8, True, True), (12, True, True), (12, True, False), (12, False, False),
                                         (16, False, False), (20, False, False)}
     assert len(captured) == 6 and [pool for _, pool in captured] == [None] + ["pool"] * 5
 
 
 def test_a_failed_capture_is_told_and_decoding_goes_on(monkeypatch, caplog):
     ran = []
-    steps = StepGraphs(lambda *key: ran.append(key), enabled=True)
+    steps = StepGraphs(enabled=True)
 
     @contextmanager
     def graph(recorded, pool):
@@ -255,7 +272,7 @@ def test_a_failed_capture_is_told_and_decoding_goes_on(monkeypatch, caplog):
     monkeypatch.setattr(torch.cuda, "graph", graph)
     with caplog.at_level(logging.WARNING):
         for _ in range(3):
-            steps(64, True)
+            steps(lambda *key: ran.append(key), 64, True)
     assert ran == [(64, True)] * 3
     assert len(caplog.records) == 1 and "not permitted when stream is capturing" in caplog.text
 

@@ -40,8 +40,8 @@ ALLOWED = {
                           "models.run_folder"},
     "models.build": {"models.checkpoint", "models.generate", "models.gpt", "models.policy", "models.text"},
     "benchmark.shapes.sweep": EVERYTHING,
-    "benchmark.speed.train_step": {"benchmark", "grpo_trainer", "models"},
-    "benchmark.speed.scaling": {"dataset", "grpo_trainer", "img_gen_grpo_rewards", "models"},
+    "benchmark.speed": {"benchmark", "dataset", "grpo_trainer", "img_gen_grpo_rewards", "models", "reward_utils"},
+    "benchmark.speed.plan": EVERYTHING,  # it reads the trainers' own flags
     "benchmark": {"benchmark", "dataset", "reward_utils", "img_gen_grpo_rewards", "fid_evaluation", "models"},
     "scripts": set(),
     "scripts.pretraining": {"models.gpt"},

@@ -19,50 +19,31 @@ from torch import Tensor
 
 from benchmark.speed import reference
 from benchmark.speed.roofline import decode_work, measure_ceilings, seconds_of
+from benchmark.speed.setup import ModelFlags, machine_name, random_condition, random_gpt
 from models.config import one_line_errors, parse_args
 from models.generate import Rollout, SamplingConfig, row_uniforms
-from models.gpt import GPT, GPT_SIZES, GPTConfig
+from models.gpt import GPT
 from models.policy import Scorer
 
-DOWNSAMPLE = 16  # of LlamaGen's VQ-16 tokenizer
 SAMPLING_STEPS = 20  # timed to tell sampling from the layers
 PARITY_IMAGES = 4
 
 
 @dataclass(frozen=True)
-class RolloutSpeedConfig:
-    gpt_model: str = "GPT-B"
-    gpt_type: Literal["c2i", "t2i"] = "c2i"
-    image_size: int = 256
-    batch_size: int = field(default=8, metadata={"help": "images at a time"})
+class RolloutSpeedConfig(ModelFlags):
     num_generations: int = field(default=1, metadata={"help": "images of a prompt, which share its prefix"})
-    cfg_scale: float = 2.0
     top_k: int = 0
     top_p: float = 1.0
     rollout_dtype: Literal["float32", "bfloat16"] = "float32"
     baseline: bool = field(default=False, metadata={"help": "also run the plain decoder, and print the ratio"})
     baseline_top_k: int = field(default=2000, metadata={"help": "the plain decoder's filter (LlamaGen's); 0: none"})
     rounds: int = field(default=3, metadata={"help": "rollouts of each, in turns; the median counts"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):
-        if self.gpt_model not in GPT_SIZES:
-            raise ValueError(f"gpt_model must be one of {', '.join(GPT_SIZES)}, got {self.gpt_model!r}")
-        for name in ("batch_size", "num_generations", "rounds"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.image_size < DOWNSAMPLE or self.image_size % DOWNSAMPLE:
-            raise ValueError(f"image_size must be a multiple of {DOWNSAMPLE}, got {self.image_size}")
-        if self.batch_size % self.num_generations:
+        super().__post_init__()
+        if self.num_generations < 1 or self.batch_size % self.num_generations:
             raise ValueError(f"batch_size {self.batch_size} must be a multiple of num_generations "
                              f"{self.num_generations}")
-
-    @property
-    def gpt(self) -> GPTConfig:
-        extra = dict(cls_token_num=120) if self.gpt_type == "t2i" else {}
-        return GPTConfig(**GPT_SIZES[self.gpt_model], model_type=self.gpt_type,
-                         block_size=(self.image_size // DOWNSAMPLE) ** 2, **extra)
 
 
 class RolloutSpeed(NamedTuple):
@@ -92,24 +73,11 @@ class RolloutSpeed(NamedTuple):
         return None if self.baseline_seconds is None else self.baseline_seconds / self.seconds
 
 
-def random_gpt(config: GPTConfig, device: torch.device) -> GPT:
-    torch.manual_seed(0)
-    gpt = GPT(config).eval().requires_grad_(False)
-    torch.nn.init.normal_(gpt.output.weight, std=config.initializer_range)  # zero at a model's start: no distribution
-    return gpt.to(device)
-
-
-def random_condition(config: GPTConfig, num_prompts: int, device: torch.device) -> Tensor:
-    if config.model_type == "c2i":
-        return torch.arange(num_prompts, device=device) % config.num_classes
-    return torch.randn(num_prompts, config.cls_token_num, config.caption_dim, device=device)
-
-
 def measure(config: RolloutSpeedConfig) -> RolloutSpeed:
     device, dtype = torch.device(config.device), getattr(torch, config.rollout_dtype)
     on_gpu = device.type == "cuda"
     ceilings = measure_ceilings(device, dtype)
-    gpt = random_gpt(config.gpt, device)
+    gpt = random_gpt(config.gpt, device).requires_grad_(False)
     condition = random_condition(gpt.config, config.batch_size // config.num_generations, device)
     sampling = SamplingConfig(cfg_scale=config.cfg_scale, top_k=config.top_k, top_p=config.top_p)
     uniforms = row_uniforms(range(config.batch_size), gpt.config.block_size).to(device)
@@ -191,19 +159,13 @@ def as_lines(config: RolloutSpeedConfig, speed: RolloutSpeed) -> list[str]:
     return lines
 
 
-def machine(device: torch.device) -> str:
-    if device.type == "cuda":
-        return torch.cuda.get_device_name(device)
-    return f"{torch.backends.cpu.get_cpu_capability()} CPU, {torch.get_num_threads()} threads"
-
-
 def main(argv: list[str] | None = None) -> RolloutSpeed:
     [config] = parse_args((RolloutSpeedConfig,), argv, __doc__)
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
-    print(f"{machine(torch.device(config.device))}; torch {torch.__version__}; {config.gpt_model} {config.gpt_type}, "
-          f"{config.image_size} px, {config.batch_size} images, guidance {config.cfg_scale}, {config.rollout_dtype}",
-          flush=True)
+    print(f"{machine_name(torch.device(config.device))}; torch {torch.__version__}; {config.gpt_model} "
+          f"{config.gpt_type}, {config.image_size} px, {config.batch_size} images, guidance {config.cfg_scale}, "
+          f"{config.rollout_dtype}", flush=True)
     speed = measure(config)
     print("\n".join(as_lines(config, speed)))
     return speed

@@ -65,12 +65,25 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 5) 
     return Ceilings(nbytes / copy, 2 * side ** 3 / product)
 
 
+def block_parameters(config: GPTConfig) -> int:
+    """Of one layer's matrices."""
+    kv_width = config.kv_heads * (config.dim // config.n_head)
+    return config.dim * (config.dim + 2 * kv_width + config.dim + 3 * config.ffn_dim)
+
+
+def forward_flops(config: GPTConfig, num_rows: int, num_images: int) -> tuple[float, float]:
+    """(layers, head) of one teacher-forced pass: num_rows sequences, of which num_images pairs or singles have logits.
+    A multiplication and an addition are two."""
+    length = config.cls_token_num + config.block_size - 1
+    attention = 2 * config.dim * length ** 2  # causal: half
+    layers = config.n_layer * num_rows * (2 * block_parameters(config) * length + attention)
+    return layers, 2 * config.dim * config.vocab_size * num_images * config.block_size
+
+
 def decode_work(config: GPTConfig, num_images: int, num_guided: int, dtype: torch.dtype) -> DecodeWork:
     """L tokens of num_images images, the first num_guided with an unconditional row beside each; no prefill."""
-    head_size = config.dim // config.n_head
-    kv_width = config.kv_heads * head_size
-    per_layer = config.dim * (config.dim + 2 * kv_width + config.dim + 3 * config.ffn_dim)
-    body, head = config.n_layer * per_layer, config.vocab_size * config.dim  # parameters
+    kv_width = config.kv_heads * (config.dim // config.n_head)
+    body, head = config.n_layer * block_parameters(config), config.vocab_size * config.dim  # parameters
     numbers = flops = 0
     for token in range(1, config.block_size):  # the step that feeds one token and draws the next
         rows = num_images * (2 if token < num_guided else 1)

@@ -17,27 +17,22 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from benchmark.speed.roofline import measure_ceilings, synchronize
+from benchmark.speed.roofline import forward_flops, measure_ceilings, synchronize
+from benchmark.speed.setup import ModelFlags, machine_name, random_gpt
 from grpo_trainer import GRPOConfig, GRPOTrainer, Rollout, grpo_loss
 from models.config import one_line_errors, parse_args
 from models.distributed import Metrics
 from models.generate import SamplingConfig
-from models.gpt import GPT, GPT_SIZES, GPTConfig
-from models.lora import LoRAConfig, add_adapters
+from models.gpt import GPT
+from models.lora import LoRAConfig
 from models.memory import Meter
 from models.policy import Policy
 
-DOWNSAMPLE = 16  # of LlamaGen's VQ-16 tokenizer
 PHASES = ("seconds/reference", "seconds/update")
 
 
 @dataclass(frozen=True)
-class TrainStepConfig:
-    gpt_model: str = "GPT-B"
-    gpt_type: Literal["c2i", "t2i"] = "c2i"
-    image_size: int = 256
-    batch_size: int = field(default=8, metadata={"help": "images of an update"})
-    cfg_scale: float = 2.0
+class TrainStepConfig(ModelFlags):
     guidance_logprob: str = "guided"
     bf16: bool = False
     gradient_checkpointing: bool = False
@@ -47,24 +42,11 @@ class TrainStepConfig:
     optimizer: str = "adamw"
     lora_rank: int = 0
     baseline: bool = field(default=False, metadata={"help": "also measure the plain step, and print the ratios"})
-    rounds: int = field(default=2, metadata={"help": "timed steps; the fastest counts"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
-    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):
-        if self.gpt_model not in GPT_SIZES:
-            raise ValueError(f"gpt_model must be one of {', '.join(GPT_SIZES)}, got {self.gpt_model!r}")
-        if self.image_size < DOWNSAMPLE or self.image_size % DOWNSAMPLE:
-            raise ValueError(f"image_size must be a multiple of {DOWNSAMPLE}, got {self.image_size}")
-        for name, least in (("batch_size", 2), ("rounds", 1)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-
-    @property
-    def gpt(self) -> GPTConfig:
-        extra = dict(cls_token_num=120) if self.gpt_type == "t2i" else {}
-        return GPTConfig(**GPT_SIZES[self.gpt_model], model_type=self.gpt_type,
-                         block_size=(self.image_size // DOWNSAMPLE) ** 2, **extra)
+        super().__post_init__()
+        if self.batch_size < 2:
+            raise ValueError(f"batch_size must be at least 2 (advantages are relative), got {self.batch_size}")
 
     @property
     def grpo(self) -> GRPOConfig:
@@ -83,15 +65,6 @@ class StepSpeed(NamedTuple):
         return sum(self.seconds.values())
 
 
-def random_gpt(config: TrainStepConfig) -> GPT:
-    torch.manual_seed(0)
-    gpt = GPT(config.gpt)
-    torch.nn.init.normal_(gpt.output.weight, std=0.02)  # zero at a model's start: no distribution
-    gpt.gradient_checkpointing = config.gradient_checkpointing
-    add_adapters(gpt, LoRAConfig(lora_rank=config.lora_rank))
-    return gpt.to(config.device).eval()
-
-
 def random_minibatch(config: TrainStepConfig) -> Rollout:
     """Tokens of `batch_size` images, advantages, and old log-probabilities of a uniform distribution."""
     gpt, rows = config.gpt, config.batch_size
@@ -107,7 +80,9 @@ def random_minibatch(config: TrainStepConfig) -> Rollout:
 
 
 def lean_step(config: TrainStepConfig) -> Callable[[Rollout, Metrics], None]:
-    policy = Policy(random_gpt(config), None, SamplingConfig(cfg_scale=config.cfg_scale),
+    gpt = random_gpt(config.gpt, config.device, config.gradient_checkpointing,
+                     LoRAConfig(lora_rank=config.lora_rank))
+    policy = Policy(gpt, None, SamplingConfig(cfg_scale=config.cfg_scale),
                     autocast_dtype=torch.bfloat16 if config.bf16 else None)
     # No sampler to agree with here.
     grpo = replace(config.grpo, max_logp_gap=1e9)
@@ -136,7 +111,7 @@ def plain_logps(gpt: GPT, minibatch: Rollout, config: TrainStepConfig) -> Tensor
 
 
 def plain_step(config: TrainStepConfig) -> Callable[[Rollout, Metrics], None]:
-    gpt = random_gpt(replace(config, gradient_checkpointing=False, lora_rank=0))
+    gpt = random_gpt(config.gpt, config.device)
     reference = copy.deepcopy(gpt).requires_grad_(False)
     grpo = config.grpo
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2))
@@ -186,15 +161,9 @@ def twice(step: Callable, minibatch: Rollout, device: torch.device) -> Callable:
 
 
 def step_flops(config: TrainStepConfig) -> float:
-    """Forward and backward of the policy, forward of the reference; a multiplication and an addition are two."""
-    gpt, guided = config.gpt, config.cfg_scale != 1 and config.guidance_logprob != "conditional"
-    with torch.device("meta"):
-        block = sum(p.numel() for p in GPT(replace(gpt, n_layer=1)).layers.parameters() if p.dim() == 2)
-    length = gpt.cls_token_num + gpt.block_size - 1
-    rows = config.batch_size * (2 if guided else 1)
-    layers = gpt.n_layer * rows * (2 * block * length + 2 * gpt.dim * length ** 2)  # attention is causal: half
-    head = 2 * gpt.dim * gpt.vocab_size * config.batch_size * gpt.block_size
-    return (3 + 1) * (layers + head)
+    """Forward and backward of the policy, forward of the reference."""
+    halves = 2 if config.cfg_scale != 1 and config.guidance_logprob != "conditional" else 1
+    return (3 + 1) * sum(forward_flops(config.gpt, halves * config.batch_size, config.batch_size))
 
 
 def main(argv: list[str] | None = None) -> dict[str, StepSpeed]:
@@ -202,8 +171,7 @@ def main(argv: list[str] | None = None) -> dict[str, StepSpeed]:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     device = torch.device(config.device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
-    print(f"{name}; torch {torch.__version__}; {config}", flush=True)
+    print(f"{machine_name(device)}; torch {torch.__version__}; {config}", flush=True)
     dtype = torch.bfloat16 if config.bf16 else torch.float32
     ceiling = measure_ceilings(device, dtype).flops_per_second
     speeds = {}
