@@ -440,6 +440,8 @@ class GRPOTrainer:
     def log(self, step: int, numbers: dict[str, float]) -> None:
         if self.run:
             self.run.log(step, numbers)
+        else:  # a dry run
+            logger.info("step %d: %s", step, ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
 
 def log_gap(gaps: Tensor, metrics: distributed.Metrics) -> Tensor:

@@ -8,6 +8,7 @@ Running the same command again resumes. The objective is in grpo_trainer.py, sam
 only puts them together, for train_t2i.py as well.
 """
 import logging
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -42,6 +43,8 @@ class RunConfig:
         "help": "keep one activation per layer and compute the others again: less memory, a third more time"})
     offload: bool = field(default=False, metadata={
         "help": "text encoder and reward models are on the GPU only while they are in use"})
+    dry_run: bool = field(default=False, metadata={
+        "help": "build everything, make one tiny step, print the plan, write nothing"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):
@@ -76,18 +79,42 @@ def train(configs: tuple, train_conditions: list[Condition], eval_conditions: li
     if policy.text_encoder is not None:
         policy.text_encoder.offload = run_config.offload
     run = None
-    if distributed.is_main():
+    if distributed.is_main() and not run_config.dry_run:
         settings = resolved(*configs) | {"num_processes": distributed.world_size(),
                                          "images_per_update": grpo.images_per_update * distributed.world_size()}
         run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to)
     try:
-        GRPOTrainer(grpo, policy, (train_conditions, reward_set), (eval_conditions, eval_rewards), run,
+        GRPOTrainer(tiny(grpo) if run_config.dry_run else grpo, policy, (train_conditions, reward_set),
+                    (eval_conditions, eval_rewards), run,
                     lambda folder, weights: save_policy(folder, policy, policy_config, weights),
                     image_metrics(run_config, policy_config)).train()
+    except SystemExit:  # preempted: every process is here
+        distributed.shutdown()
+        raise
     finally:
         if run:
             run.close()
+    if run_config.dry_run and distributed.is_main():
+        print("\n".join(plan_lines(configs, policy)))
+        print("dry run: one tiny step passed, nothing was written")
     distributed.shutdown()
+
+
+def tiny(config: GRPOConfig) -> GRPOConfig:
+    """One step of two images a process, through the same code."""
+    return replace(config, num_generations=2, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+                   num_minibatches=1, num_iterations=1, rollout_batch_size=0, exit_step=1, eval_steps=0)
+
+
+def plan_lines(configs: tuple, policy) -> list[str]:
+    """What the real steps will need, from this machine's measured ceilings."""
+    from benchmark.speed import planner  # it imports the trainer
+
+    machine = planner.measured_machine(policy.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    job = planner.job_of(configs[: len(CONFIGS)], policy.gpt.config, policy.vq.config, machine.kind,
+                         distributed.world_size(), local)
+    return planner.as_lines(planner.plan(job, machine))
 
 
 def image_metrics(run_config: RunConfig, policy_config: PolicyConfig) -> Callable | None:

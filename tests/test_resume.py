@@ -1,6 +1,7 @@
 """Kill -9, damage and restarts: the same command again ends with the weights of an uninterrupted run, bit for bit."""
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -127,6 +128,15 @@ def test_a_finished_run_says_so_and_stays_as_it_is(world, whole, caplog, monkeyp
         train(world, whole.parent)
     assert any("the run is finished" in record.getMessage() for record in caplog.records)
     assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+
+
+def test_a_dry_run_steps_plans_and_writes_nothing(world, whole, capsys):
+    before = {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()}
+    train(world, whole.parent, "--dry_run", "--exit_step", STEPS + 5)
+    assert {path: path.read_bytes() for path in whole.rglob("*") if path.is_file()} == before
+    told = capsys.readouterr().out
+    assert "32 images a step = 8 prompts x 4 generations x 1 processes" in told and "nothing was written" in told
+    assert re.search(r"^peak +\d", told, re.MULTILINE) and re.search(r"^seconds +\d", told, re.MULTILINE)
 
 
 def test_more_steps_continue_a_finished_run(world, whole, tmp_path):
