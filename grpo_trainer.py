@@ -25,7 +25,7 @@ from dataset.sampler import PromptSampler, row_seeds, shard
 from models import distributed, evaluation, memory
 from models.guards import Interruption, TrainingStopped, divergence
 from models.optimizer import build_optimizer, learning_rate
-from models.reference import Reference, shard_scorer
+from models.reference import Reference, distribute
 from models.report import write_report
 from models.statistics import centred, masked_mean, nan_std
 from models.training_state import Checkpoints
@@ -230,13 +230,9 @@ class GRPOTrainer:
         # eval(): dropout would make the scored policy another one than the sampled one.
         self.scorer = policy.scorer(config.guidance_logprob, config.head_chunk_tokens).eval()
         self.reference = Reference(self.scorer, config.reference) if config.beta else None
-        if config.sharding == "none":
-            self.model = distributed.replicate(self.scorer)
-        else:
-            self.model = self.scorer
-            shard_scorer(policy, self.scorer, config.sharding)
-            if self.reference:
-                self.reference.shard(policy, config.sharding)
+        self.model = distribute(policy, self.scorer, config.sharding)
+        if self.reference:
+            self.reference.shard(policy, config.sharding)
         self.parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(config.optimizer, self.parameters, config.learning_rate, config.adam_beta2,
                                          config.weight_decay)

@@ -81,6 +81,14 @@ class Reference:
         distributed.release(self.scorer)
 
 
+def distribute(policy: Policy, scorer: Scorer, sharding: str) -> nn.Module:
+    """The module to call in training: replicated (DDP), or the scorer itself with its parameters sharded in place."""
+    if sharding == "none":
+        return distributed.replicate(scorer)
+    shard_scorer(policy, scorer, sharding)
+    return scorer
+
+
 def shard_scorer(policy: Policy, scorer: Scorer, sharding: str, offload: bool = False) -> None:
     """A block's matrices are gathered for its passes, in the dtype of the matrix products; its norms, the embeddings
     and the head, which work in float32, with the whole."""
