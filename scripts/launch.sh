@@ -3,13 +3,13 @@
 # SCRIPT: a file (train_c2i.py) or a module (benchmark.geneval.evaluate).
 #
 # GPUS (or NPROC): processes on this machine; default: every visible GPU, or one process on a CPU. GPUS must be visible.
-# NNODES NODE_RANK MASTER_ADDR MASTER_PORT: the same command on each of NNODES machines, NODE_RANK from 0; MASTER_ADDR is
-#   machine 0, MASTER_PORT (29500) is free there.
+# NNODES NODE_RANK MASTER_ADDR MASTER_PORT: the same command on each of NNODES machines, NODE_RANK from 0; MASTER_ADDR
+#   is machine 0, MASTER_PORT (29500) is free there.
 # MAX_RESTARTS (0): how often torchrun starts all processes again when one fails; training then resumes by itself.
 #   With it, torchrun numbers the machines itself: rank 0 may be on another one than NODE_RANK=0.
 # Machines that share this folder: set up on one first, or let scripts/setup_env.sh wait for its lock.
 # Under srun the allocation says all this: one task per machine starts torchrun, one task per GPU is a process itself.
-# Exit code: 0, or the failing process's own (2: bad usage; 143, 138: stopped by SIGTERM, SIGUSR1 after saving; 137: killed).
+# Exit code: 0, or the failing process's own (2: bad usage; 143, 138: stopped by SIGTERM, SIGUSR1; 137: killed).
 
 _launch_fail() {
   printf 'error: %s\n' "$*" >&2
@@ -48,11 +48,11 @@ _launch_read_slurm() {
   tasks_per_node=$((tasks / nodes))
   if [ "$tasks_per_node" != 1 ]; then
     if [ "${processes:-$tasks_per_node}" != "$tasks_per_node" ]; then
-      _launch_fail "$processes processes a node (GPUS or NPROC), but srun starts $tasks_per_node tasks: unset it, or srun" \
-        "--ntasks-per-node 1"
+      _launch_fail "$processes processes a node (GPUS or NPROC), but srun starts $tasks_per_node tasks:" \
+        "unset it, or srun --ntasks-per-node 1"
     fi
     if [ "${MAX_RESTARTS:-0}" != 0 ]; then
-      _launch_fail "MAX_RESTARTS=$MAX_RESTARTS needs torchrun, which runs with one task per node: srun --ntasks-per-node 1"
+      _launch_fail "MAX_RESTARTS=$MAX_RESTARTS needs torchrun, thus one task per node: srun --ntasks-per-node 1"
     fi
   elif [ -z "$processes" ]; then
     processes=${gpus##*:}  # "h100:4" -> 4
@@ -69,7 +69,7 @@ _launch_read_variables() {
   tasks_per_node=1
   if [ "$nodes" = 1 ]; then return 0; fi
   [ -n "$master" ] || _launch_fail "NNODES=$nodes needs MASTER_ADDR: the name or address of machine 0"
-  [ -n "$node_rank" ] || _launch_fail "NNODES=$nodes needs NODE_RANK: which of the machines this is, 0 to $((nodes - 1))"
+  [ -n "$node_rank" ] || _launch_fail "NNODES=$nodes needs NODE_RANK: this machine's number, 0 to $((nodes - 1))"
   [ "$node_rank" -lt "$nodes" ] || _launch_fail "NODE_RANK=$node_rank must be below NNODES=$nodes: ranks start at 0"
 }
 
@@ -94,7 +94,7 @@ _launch_check_gpus() {
 _launch_export_ranks() {
   export RANK=$SLURM_PROCID WORLD_SIZE=$((nodes * tasks_per_node)) MASTER_ADDR=$master MASTER_PORT=$port
   export LOCAL_RANK=${SLURM_LOCALID:-0}
-  if [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[^,]+$ ]]; then export LOCAL_RANK=0; fi  # srun --gpus-per-task=1 shows each its own
+  if [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[^,]+$ ]]; then export LOCAL_RANK=0; fi  # srun --gpus-per-task=1: each sees its own
 }
 
 launch() {
@@ -112,8 +112,8 @@ launch() {
   if [ -n "${SLURM_STEP_ID:-}" ] && [ -z "${NNODES:-}" ]; then
     _launch_read_slurm
   elif [ "${SLURM_NNODES:-1}" != 1 ] && [ -z "${NNODES:-}" ]; then
-    _launch_fail "this allocation has $SLURM_NNODES nodes: start with srun, as scripts/slurm_train.sbatch does, or NNODES=1" \
-      "for this node alone"
+    _launch_fail "this allocation has $SLURM_NNODES nodes: start with srun, as scripts/slurm_train.sbatch does," \
+      "or NNODES=1 for this node alone"
   else
     _launch_read_variables
   fi

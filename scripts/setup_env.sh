@@ -64,10 +64,10 @@ _setup_choose() {
     _setup_say "note: $base is newer than the Python 3.10 to 3.12 that this project is tested with"
   mkdir -p "$venv" || { _setup_say "error: cannot write $venv"; return 1; }
   # The lock belongs to the open file, so it survives the Python that takes it and goes with this subshell, even killed.
-  # Linux locks on NFS count on all machines; Lustre needs the mount option flock, else this fails or counts on one only.
+  # Linux locks on NFS count on all machines; Lustre needs its mount option flock.
   (
     "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || {
-      _setup_say "error: $venv/.lock cannot be locked (file system?); set up once, on one machine, then SKIP_SETUP=1 PYTHON=..."
+      _setup_say "error: $venv/.lock cannot be locked (file system?): install into a Python once, then PYTHON=that one"
       exit 1
     }
     _setup_install "$base" "$venv"
