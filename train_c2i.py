@@ -8,6 +8,7 @@ Running the same command again resumes. The objective is in grpo_trainer.py, sam
 only puts them together, for train_t2i.py as well.
 """
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -46,6 +47,8 @@ class RunConfig:
     dry_run: bool = field(default=False, metadata={
         "help": "build everything, make one tiny step, print the plan, write nothing"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
+    comm_timeout: float = field(default=1800.0, metadata={
+        "help": "seconds without an answer after which the processes give another one up, and the run ends"})
 
     def __post_init__(self):
         if self.image_statistics not in ("none", "shapes"):
@@ -53,6 +56,8 @@ class RunConfig:
         for name, least in (("eval_num_prompts", 1), ("num_threads", 0)):
             if getattr(self, name) < least:
                 raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.comm_timeout < math.inf:
+            raise ValueError(f"comm_timeout must be a positive number of seconds, got {self.comm_timeout}")
 
 
 CONFIGS = (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, RewardSettings, LoRAConfig)
@@ -61,7 +66,7 @@ CONFIGS = (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, RewardSettings, 
 def train(configs: tuple, train_conditions: list[Condition], eval_conditions: list[Condition]) -> None:
     """configs: CONFIGS and what a script adds; every process gets all conditions."""
     run_config, policy_config, sampling, grpo, rewards, adapters = configs[:6]
-    device = distributed.setup()
+    device = distributed.setup(run_config.comm_timeout)
     if run_config.num_threads:
         torch.set_num_threads(run_config.num_threads)
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
@@ -141,5 +146,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), distributed.translated_errors():
         main()

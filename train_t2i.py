@@ -10,6 +10,7 @@ import numpy as np
 
 from dataset import Condition, shapes
 from dataset.prompts import load_prompts
+from models import distributed
 from models.config import one_line_errors, parse_args
 from train_c2i import CONFIGS, spread_out, train
 
@@ -39,5 +40,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with one_line_errors():
+    with one_line_errors(), distributed.translated_errors():
         main()

@@ -12,9 +12,11 @@ import argparse
 import contextlib
 import dataclasses
 import difflib
+import json
 import math
 import os
 import sys
+import time
 import types
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,6 +24,7 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEBUG_VARIABLE = "ARGRPO_DEBUG"
+STATUS_VARIABLE = "ARGRPO_STATUS_DIR"  # where scripts/run_workers.py looks for each process's error
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 # annotation -> (words for the error, YAML types taken as they are, reader of text)
@@ -45,6 +48,7 @@ class _Option(NamedTuple):
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
+        _record_failure(2, message)
         self.exit(2, f"error: {_one_line(message)}\n")  # argparse's own prints the whole usage first
 
 
@@ -93,14 +97,43 @@ def resolved(*instances) -> dict[str, Any]:
 @contextlib.contextmanager
 def one_line_errors():
     """Around a script's main (as `with` or as a decorator): ValueError and OSError, which stand for users' mistakes,
-    become `error: ...` on stderr and exit status 1. ARGRPO_DEBUG=1 shows the traceback instead."""
+    become `error: ...` on stderr and exit status 1. ARGRPO_DEBUG=1 shows the traceback instead. Of several processes,
+    each leaves its error where the launcher finds it, bugs' too."""
     try:
-        yield
+        with contextlib.ExitStack() as stack:
+            stack.push(_record_error)
+            yield
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
         sys.stderr.write(f"error: {_one_line(str(error)) or type(error).__name__}\n")
         raise SystemExit(1) from None
+
+
+def _record_error(kind: type | None, error: BaseException | None, traceback) -> None:
+    """An exit callback: leaves an error for the launcher and lets it pass."""
+    if isinstance(error, SystemExit):
+        code = error.code if isinstance(error.code, int) else int(error.code is not None)
+        if code:
+            _record_failure(code, error.code if isinstance(error.code, str) else "")
+    elif error is not None:
+        message = str(error) if isinstance(error, (ValueError, OSError)) else f"{kind.__name__}: {error}"
+        _record_failure(1, message or kind.__name__, getattr(error, "consequence", False))
+
+
+def _record_failure(code: int, message: str, consequence: bool = False) -> None:
+    """code: the exit status to come; consequence: another process's end is behind it. The first record stays."""
+    if not os.environ.get(STATUS_VARIABLE):
+        return
+    path = Path(os.environ[STATUS_VARIABLE]) / f"rank_{os.environ.get('RANK', 0)}"
+    record = {"pid": os.getpid(), "time_sec": time.time(), "code": code, "message": _one_line(message),
+              "consequence": consequence}
+    with contextlib.suppress(OSError):  # a full disk must not hide the error itself
+        if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["pid"] == os.getpid():
+            return
+        part = path.with_suffix(".part")
+        part.write_text(json.dumps(record), encoding="utf-8")
+        part.replace(path)
 
 
 def _options(dataclass_types: tuple[type, ...]) -> dict[str, _Option]:

@@ -4,6 +4,7 @@ Works plainly without torchrun (world size 1, no process group). Parameters are 
 ZeRO of arXiv 1910.02054), training states go to the disk in shards that any other number of processes reads back.
 """
 import os
+import re
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -46,6 +47,29 @@ def shutdown() -> None:
         device_mesh.cache_clear()
         background_group.cache_clear()
         dist.destroy_process_group()
+
+
+class PeerLost(ConnectionError):
+    """Another process has ended or does not answer: this one can only end, too."""
+
+    consequence = True  # the other's error is the one to show (models/config.py)
+
+
+@contextmanager
+def translated_errors():
+    """Around a script's main: a collective that failed becomes PeerLost, one line instead of a traceback."""
+    try:
+        yield
+    except RuntimeError as error:  # gloo raises it plainly, nccl a subclass
+        message = str(error)
+        if not isinstance(error, dist.DistError) and "gloo/transport" not in message:
+            raise
+        waited = re.search(r"(?:Timed out waiting |timeout after |Timeout\(ms\)=)(\d+)", message)
+        if waited:
+            seconds = int(waited[1]) / 1000
+            raise PeerLost(f"another process has not answered for {seconds:g} s (--comm_timeout)") from error
+        detail = re.sub(r"\[\S*\.cc:\d+\] ", "", message).split(". ")[0].splitlines()[0]
+        raise PeerLost(f"the connection to another process broke, whose error is the cause ({detail})") from error
 
 
 def rank() -> int:

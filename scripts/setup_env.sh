@@ -64,8 +64,13 @@ _setup_choose() {
     _setup_say "note: $base is newer than the Python 3.10 to 3.12 that this project is tested with"
   mkdir -p "$venv" || { _setup_say "error: cannot write $venv"; return 1; }
   # The lock belongs to the open file, so it survives the Python that takes it and goes with this subshell, even killed.
+  # Linux locks on NFS count on all machines; Lustre needs its mount option flock.
   (
-    "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' && _setup_install "$base" "$venv"
+    "$base" -c 'import fcntl; fcntl.flock(9, fcntl.LOCK_EX)' || {
+      _setup_say "error: $venv/.lock cannot be locked (file system?): install into a Python once, then PYTHON=that one"
+      exit 1
+    }
+    _setup_install "$base" "$venv"
   ) 9>"$venv/.lock"
 }
 
