@@ -10,15 +10,27 @@ import random
 import signal
 import time
 from collections.abc import Iterator
-from pathlib import Path
+from typing import NamedTuple
 
 from tests.faults.job import (Job, Lab, Reference, Trial, check_finished, check_resumption, is_saving, newest_complete,
                               step_lines)
 
-AIMS, WEIGHTS = ("start", "step", "save"), (3, 5, 3)
+WEIGHTS = {"start": 3, "step": 5, "save": 3}  # of aims
 MOST_STEPS_AHEAD = 9  # of a life: a run of 40 steps takes some ten of them
 ROLLOUT = ("encode", "sample", "decode", "score", "reference")
 TOLERANCE = {1: 0.0, 2: 1e-6}  # of the final weights, by the number of processes
+
+
+class Aim(NamedTuple):
+    """A moment of a life: `share` of a phase's length after the beginning of that phase, `ahead` steps on."""
+
+    phase: str
+    ahead: int
+    share: float  # in [0, 1)
+
+
+def draw(rng: random.Random) -> Aim:
+    return Aim(rng.choices(list(WEIGHTS), list(WEIGHTS.values()))[0], rng.randrange(MOST_STEPS_AHEAD), rng.random())
 
 
 def trials(lab: Lab, count: int, rng: random.Random, processes: int = 1) -> Iterator[Trial]:
@@ -34,7 +46,7 @@ def killed_run(lab: Lab, reference: Reference, rng: random.Random, most: int, pr
     output, made = lab.new_output("kill"), []
     while len(made) < most:
         with lab.start(output, processes=processes) as job:
-            if not reach(job, reference, rng, lab.steps):
+            if not reach(job, reference, draw(rng), lab.steps):
                 break  # the run was finished before the kill
             trial = kill(job, rng.random(), lab)
         if made:
@@ -48,20 +60,20 @@ def killed_run(lab: Lab, reference: Reference, rng: random.Random, most: int, pr
     return made
 
 
-def reach(job: Job, reference: Reference, rng: random.Random, steps: int) -> bool:
+def reach(job: Job, reference: Reference, aim: Aim, steps: int) -> bool:
     """Waits for the moment to strike; False: the job ended before it."""
-    aim, ahead, share = rng.choices(AIMS, WEIGHTS)[0], rng.randrange(MOST_STEPS_AHEAD), rng.random()
-    target = min(job.resumed_from + 1 + ahead, steps)
-    seconds = {"start": reference.start_sec, "save": reference.save_sec, "step": 2 * reference.step_sec}[aim]
-    if aim != "start":
+    seconds = {"start": reference.start_sec, "save": reference.save_sec, "step": 2 * reference.step_sec}[aim.phase]
+    if aim.phase != "start":
+        target = min(job.resumed_from + 1 + aim.ahead, steps)
         if not job.wait_until(lambda: job.new_step() >= target):
             return False
         if target == steps:
             seconds = reference.end_sec
-        elif aim == "save":
-            job.wait_until(lambda: is_saving(job.run), bound=1.0)
-    until = time.monotonic() + seconds * share
-    return not job.wait_until(lambda: time.monotonic() > until) or not job.ended()
+        elif aim.phase == "save":
+            job.wait_until(lambda: is_saving(job.run))
+    until = time.monotonic() + seconds * aim.share
+    job.wait_until(lambda: time.monotonic() > until)
+    return not job.ended()
 
 
 def kill(job: Job, choice: float, lab: Lab) -> Trial:
