@@ -104,8 +104,8 @@ def test_the_harness_sees_what_is_wrong(lab):
     (run / ".tmp-checkpoint-9").mkdir()
     weights = run / f"checkpoint-{lab.steps}" / "model.safetensors"
     save_file({name: tensor + 1e-4 for name, tensor in load_file(weights).items()}, weights)
-    trial = Trial("wrong")
-    check_finished(trial, SimpleNamespace(run=run, process=SimpleNamespace(returncode=0)), lab.reference().run, lab.steps)
+    trial, job = Trial("wrong"), SimpleNamespace(run=run, process=SimpleNamespace(returncode=0))
+    check_finished(trial, job, lab.reference().run, lab.steps)
     assert [problem.split()[0] for problem in trial.problems] == ["metrics.jsonl", "left", "logged", "weights"]
     assert row("kind", [trial, Trial("right")]).startswith("| kind | 2 | 1 | ")
     assert "NOT: left behind: .tmp-checkpoint-9 (1)" in row("kind", [trial])

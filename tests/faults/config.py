@@ -18,8 +18,12 @@ CASES: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # name -> (damage, w
     "another value": (lambda content: content.replace(b'"beta": 0.05', b'"beta": 0.06'), "beta: 0.06 -> 0.05"),
     "a value less": (lambda content: content.replace(b'  "beta": 0.05,\n', b""), r"beta: \(absent\) -> 0.05"),
 }
-PRESETS = {"preset: no YAML": b"beta: [1,\n", "preset: not text": b"\xff\xfe\0beta: 1\n",
-           "preset: unknown key": b"betta: 0.1\n", "preset: a Python object": b"beta: !!python/object/apply:os.getcwd []\n"}
+PRESETS = {
+    "preset: no YAML": b"beta: [1,\n",
+    "preset: not text": b"\xff\xfe\0beta: 1\n",
+    "preset: unknown key": b"betta: 0.1\n",
+    "preset: a Python object": b"beta: !!python/object/apply:os.getcwd []\n",
+}
 
 
 def trials(lab: Lab, count: int, rng: random.Random) -> Iterator[Trial]:

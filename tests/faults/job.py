@@ -92,16 +92,17 @@ class Job:
         with open(self.log_path, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, stdin=subprocess.DEVNULL, cwd=output,
                                             env=environment)
-        self.known = {self.process.pid}
+        self.known = {Process(self.process.pid)}
 
     def __enter__(self):
         return self
 
     def __exit__(self, *_):
-        for pid in [*self.pids(), *self.known]:
+        self.pids()
+        for process in self.known:
             with contextlib.suppress(ProcessLookupError):
-                if is_alive(pid):
-                    os.kill(pid, signal.SIGKILL)
+                if process.is_alive():
+                    os.kill(process.pid, signal.SIGKILL)
         self.process.wait()
 
     def pids(self) -> list[int]:
@@ -110,7 +111,7 @@ class Job:
             return [self.process.pid]
         workers = sorted(children(self.process.pid), key=lambda pid: environment_of(pid).get("RANK", ""))
         workers = [pid for pid in workers if "RANK" in environment_of(pid)]
-        self.known.update(workers)
+        self.known.update(map(Process, workers))
         return [self.process.pid, *workers]
 
     def wait(self, bound: float = END_SEC) -> int | None:
@@ -118,16 +119,16 @@ class Job:
         self.pids()
         with contextlib.suppress(subprocess.TimeoutExpired):
             code = self.process.wait(bound)
-            if wait_until(lambda: not any(map(is_alive, self.known)), lambda: True, bound):
+            if wait_until(lambda: not any(process.is_alive() for process in self.known), lambda: True, bound):
                 return code
         return None
 
     def ended(self) -> bool:
         return self.process.poll() is not None
 
-    def wait_until(self, condition: Callable[[], bool], bound: float = END_SEC) -> bool:
+    def wait_until(self, condition: Callable[[], bool], pause: float = POLL_SEC) -> bool:
         """Whether the condition came about before the job ended or the time was over."""
-        return wait_until(condition, lambda: not self.ended(), bound)
+        return wait_until(condition, lambda: not self.ended(), END_SEC, pause)
 
     def log(self) -> str:
         return self.log_path.read_text(encoding="utf-8", errors="replace")
@@ -191,7 +192,7 @@ def newest_complete(run: Path) -> int:
 
 
 def is_saving(run: Path) -> bool:
-    return any(run.glob(".tmp-checkpoint-*"))
+    return any(name.startswith(".tmp-checkpoint-") for name in os.listdir(run))
 
 
 def step_lines(run: Path) -> list[dict]:
@@ -263,12 +264,12 @@ def check_one_line(trial: Trial, job: Job, *words: str) -> None:
 
 # ---- processes -------------------------------------------------------------------------------------------------------
 
-def wait_until(condition: Callable[[], bool], while_: Callable[[], bool], bound: float) -> bool:
+def wait_until(condition: Callable[[], bool], while_: Callable[[], bool], bound: float, pause=POLL_SEC) -> bool:
     deadline = time.monotonic() + bound
     while not condition():
         if time.monotonic() > deadline or not while_():
             return condition()
-        time.sleep(POLL_SEC)
+        time.sleep(pause)
     return True
 
 
@@ -279,10 +280,22 @@ def _stat(pid: int) -> list[str]:
     return []
 
 
-def is_alive(pid: int) -> bool:
-    """Zombies are dead: an orphan's may stay for as long as nobody collects it."""
-    fields = _stat(pid)
-    return bool(fields) and fields[0] not in "ZX"
+class Process:
+    """A process by its number and the moment of its start, for numbers are given again."""
+
+    def __init__(self, pid: int):
+        self.pid, self.start = pid, _stat(pid)[19:20]
+
+    def __eq__(self, other):
+        return (self.pid, self.start) == (other.pid, other.start)
+
+    def __hash__(self):
+        return self.pid
+
+    def is_alive(self) -> bool:
+        """Zombies are dead: an orphan's may stay for as long as nobody collects it."""
+        fields = _stat(self.pid)
+        return bool(fields) and fields[19:20] == self.start and fields[0] not in "ZX"
 
 
 def children(pid: int) -> Iterator[int]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Iterator
 from typing import NamedTuple
 
-from tests.faults.job import (Job, Lab, Reference, Trial, check_finished, check_resumption, is_saving, newest_complete,
+from tests.faults.job import (POLL_SEC, Job, Lab, Reference, Trial, check_finished, check_resumption, is_saving, newest_complete,
                               step_lines)
 
 WEIGHTS = {"start": 3, "step": 5, "save": 3}  # of aims
@@ -70,9 +70,9 @@ def reach(job: Job, reference: Reference, aim: Aim, steps: int) -> bool:
         if target == steps:
             seconds = reference.end_sec
         elif aim.phase == "save":
-            job.wait_until(lambda: is_saving(job.run))
+            job.wait_until(lambda: is_saving(job.run), pause=0)  # a save takes some 10 ms, and a sleep may as well
     until = time.monotonic() + seconds * aim.share
-    job.wait_until(lambda: time.monotonic() > until)
+    job.wait_until(lambda: time.monotonic() > until, pause=0 if aim.phase == "save" else POLL_SEC)
     return not job.ended()
 
 
@@ -100,7 +100,7 @@ def kill(job: Job, choice: float, lab: Lab) -> Trial:
 
 def phase(job: Job, struck: float, steps: int) -> str:
     """What the run was doing; exact but for rollout and update."""
-    if is_saving(job.run):
+    if job.run.exists() and is_saving(job.run):
         return "save"
     step = job.new_step()
     if step in (0, steps):

@@ -1,7 +1,7 @@
 """Injects faults into runs of the tiny world and prints what came of them, as a table for benchmark/RESULTS.md.
 
     python -m tests.faults.run --trials 50 --seed 0 [--kinds kill kill2 damage] [--json out.json] [--keep FOLDER]
-    python -m tests.faults.run --kinds kill2 --flags --sharding full --async_save     # what follows goes to train_c2i.py
+    python -m tests.faults.run --kinds kill2 --flags --sharding full --async_save  # the rest goes to train_c2i.py
 
 CPU only. --trials counts kills and signals; there are four damaged files to each, and the other kinds have fixed lists
 of cases. The exit code is 1 if any trial was not recovered from. Left out: files that were damaged together with their

@@ -55,7 +55,8 @@ def send(job: Job, rng: random.Random, steps: int) -> Trial:
     trial.facts["seconds to the exit"] = time.time() - struck
     logged, saved = job.new_step(), newest_complete(job.run)
     check_exit(trial, code, number, job, began, logged == steps)
-    trial.require(saved >= logged or (code == -number and not began), f"step {logged} was the last, but checkpoint-{saved} the newest")
+    trial.require(saved >= logged or (code == -number and not began),
+                  f"step {logged} was the last, but checkpoint-{saved} the newest")
     trial.facts["steps lost"] = max(0, logged - saved)
     if began:
         check_tidy(trial, job.run)
