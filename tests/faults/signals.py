@@ -6,6 +6,7 @@ TORCHELASTIC_SIGNALS_TO_HANDLE names it), to both workers, or to one: the other 
 """
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Iterator
@@ -29,8 +30,9 @@ def trials(lab: Lab, count: int, rng: random.Random, processes: int = 1) -> Iter
                 check_resumption(made[-1], job)
             made.append(trial)
         last = lab.finish(output, processes=processes)
-        for trial in made:
+        if made:
             check_resumption(made[-1], last)
+        for trial in made:
             check_finished(trial, last, reference.run, lab.steps, TOLERANCE[processes])
         count -= len(made)
         yield from made
@@ -64,10 +66,11 @@ def send(job: Job, rng: random.Random, steps: int) -> Trial:
 
 
 def check_exit(trial: Trial, code: int | None, number: int, job: Job, began: int, finished: bool) -> None:
-    """torchrun has an exit code of its own, and tells those of the workers in its report."""
+    """torchrun has an exit code of its own; it tells a worker's in its report, if it did not get the signal itself."""
     preempted = 128 + number
     if job.processes > 1:
-        good = code not in (None, 0) or finished
+        told = not began or "torchrun" in trial.case or re.search(rf"exitcode *: *{preempted}\b", job.log())
+        good = code is not None and (finished or code != 0 and bool(told))
     else:
         good = code == preempted or (code == 0 and finished) or (code == -number and not began)
     trial.require(good, f"exit code {code}, not {preempted}")
