@@ -1,0 +1,76 @@
+"""SIGTERM and SIGUSR1 (preemption) at random moments, then the same command again, until the run is finished.
+
+A process that had begun its first step must finish the step, save, and exit with 128 + the signal's number; before
+that it may just die. With two processes the signal goes to torchrun (SIGTERM only: torchrun dies of SIGUSR1, unless
+TORCHELASTIC_SIGNALS_TO_HANDLE names it), to both workers, or to one: the other must join in.
+"""
+import os
+import random
+import re
+import signal
+import time
+from collections.abc import Iterator
+
+from tests.faults.job import Job, Lab, Trial, check_finished, check_resumption, check_tidy, newest_complete
+from tests.faults.kill import TOLERANCE, draw, phase, reach
+
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+
+
+def trials(lab: Lab, count: int, rng: random.Random, processes: int = 1) -> Iterator[Trial]:
+    reference = lab.reference(processes)
+    while count > 0:
+        output, made = lab.new_output("signal"), []
+        while len(made) < count:
+            with lab.start(output, processes=processes) as job:
+                if not reach(job, reference, draw(rng), lab.steps):
+                    break  # the run was finished before
+                trial = send(job, rng, lab.steps)
+            if made:
+                check_resumption(made[-1], job)
+            made.append(trial)
+        last = lab.finish(output, processes=processes)
+        if made:
+            check_resumption(made[-1], last)
+        for trial in made:
+            check_finished(trial, last, reference.run, lab.steps, TOLERANCE[processes])
+        count -= len(made)
+        yield from made
+
+
+def send(job: Job, rng: random.Random, steps: int) -> Trial:
+    """One signal to a random choice of the processes that it makes sense for."""
+    number, workers = rng.choice(SIGNALS), job.pids()
+    targets = {"": workers}
+    if job.processes > 1:
+        launcher, *workers = workers
+        targets = {" to torchrun": [launcher]} if number == signal.SIGTERM or not workers else {}
+        if workers:
+            targets |= {" to both": workers, " to one": [rng.choice(workers)]}
+        number = number if workers else signal.SIGTERM
+    target = rng.choice(sorted(targets))
+    began, struck = job.new_step(), time.time()
+    trial = Trial(f"{number.name}{target}, {phase(job, struck, steps)}")
+    for pid in targets[target]:
+        os.kill(pid, number)
+    code = job.wait()
+    trial.facts["seconds to the exit"] = time.time() - struck
+    logged, saved = job.new_step(), newest_complete(job.run)
+    check_exit(trial, code, number, job, began, logged == steps)
+    trial.require(saved >= logged or (code == -number and not began),
+                  f"step {logged} was the last, but checkpoint-{saved} the newest")
+    trial.facts["steps lost"] = max(0, logged - saved)
+    if began:
+        check_tidy(trial, job.run)
+    return trial
+
+
+def check_exit(trial: Trial, code: int | None, number: int, job: Job, began: int, finished: bool) -> None:
+    """torchrun has an exit code of its own; it tells a worker's in its report, if it did not get the signal itself."""
+    preempted = 128 + number
+    if job.processes > 1:
+        told = not began or "torchrun" in trial.case or re.search(rf"exitcode *: *{preempted}\b", job.log())
+        good = code is not None and (finished or code != 0 and bool(told))
+    else:
+        good = code == preempted or (code == 0 and finished) or (code == -number and not began)
+    trial.require(good, f"exit code {code}, not {preempted}")
