@@ -3,8 +3,11 @@
 Works plainly without torchrun (world size 1, no process group). Parameters are replicated (DDP) or sharded (FSDP2, the
 ZeRO of arXiv 1910.02054), training states go to the disk in shards that any other number of processes reads back.
 """
+import ctypes
 import os
 import re
+import signal
+import sys
 import time
 import warnings
 from collections.abc import Callable, Iterable
@@ -28,6 +31,8 @@ SHARDINGS = ("none", "full", "hybrid")
 def setup(timeout_sec: float = 1800.0) -> torch.device:
     """Joins torchrun's process group when there is one; returns this process's device."""
     device = torch.device("cpu")
+    if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # orphans of a killed torchrun would train on
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
     if torch.cuda.is_available():
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:

@@ -179,12 +179,11 @@ class RunFolder:
             stored = dict(json.loads(path.read_text(encoding="utf-8")))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --run_name") from error
-        if stored.get("num_processes") != config.get("num_processes"):
-            allowed = (*allowed, "images_per_update")
+        resized = ("images_per_update",) if stored.get("num_processes") != config.get("num_processes") else ()
         changes = [
             f"{key}: {_shown(stored, key)} -> {_shown(config, key)}"
             for key in sorted(stored.keys() | config.keys())
-            if key not in allowed and _shown(stored, key) != _shown(config, key)
+            if key not in allowed and key not in resized and _shown(stored, key) != _shown(config, key)
         ]
         if changes:
             raise ValueError(
@@ -226,6 +225,8 @@ def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file is as it was written."""
     try:
         checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        if not checksums:
+            return f"{CHECKSUMS} names no file"
         for name, expected in checksums.items():
             if _sha256(folder / name) != expected:
                 return f"{name} has changed since it was written"
