@@ -230,10 +230,11 @@ def load_model(path: Path, config, state: dict[str, Tensor] | None) -> nn.Module
         with quiet_transformers():
             model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
                 source, config=config, state_dict=converted, output_loading_info=True, dtype=torch.float32,
-                local_files_only=True, ignore_mismatched_sizes=True)
+                local_files_only=True, ignore_mismatched_sizes=True, attn_implementation="eager")
     except pickle.UnpicklingError as error:  # torch's message would advise to run what is in it
         raise ValueError(f"{path}: refused, it is damaged or holds more than tensors (nothing was run)") from error
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, EOFError,
+            SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded as {WHAT} ({' '.join(str(error).split())[:300]})") from error
     check_complete(info, path)
     return model

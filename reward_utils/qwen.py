@@ -150,7 +150,7 @@ def load_judge(path: Path, dtype: torch.dtype):
         processor = AutoProcessor.from_pretrained(path, **here)
         model, loading = AutoModelForImageTextToText.from_pretrained(
             path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **here)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as Qwen2.5-VL ({' '.join(str(error).split())[:300]})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])
