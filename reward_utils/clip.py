@@ -3,7 +3,6 @@
 `CosineScorer` is what the CLIP-like rewards share: batches, one encoding per unique prompt, the product in float32; a
 subclass says how pixels and prompts are encoded. Shapes: N images, U unique prompts, D width of the features.
 """
-import json
 import math
 import pickle
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, locate
@@ -166,7 +166,7 @@ def load_tokenizer(folder: Path, vocab_size: int):
         return tokenizer
     try:
         for name in names - {"merges.txt"}:
-            json.loads((folder / name).read_text(encoding="utf-8"))  # tokenizers raises a bare Exception instead
+            parse_json(read_text(folder / name), name)  # tokenizers raises a bare Exception instead
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

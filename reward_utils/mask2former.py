@@ -9,7 +9,6 @@ own post-processing lets masks overwrite each other and returns no boxes. Left o
 
 Legend: N images, Q queries, C classes, K instances, (H, W) the image's size, (h, w) that of the mask logits.
 """
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.pixels import normalize
 from reward_utils.weights import load_state
 
@@ -212,8 +212,8 @@ def read_config(folder: Path):
 
     file = folder / "config.json"
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model_type = parse_json(read_text(file), str(file))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no hub folder of {WHAT}: its config.json cannot be read ({error})") from error
     if model_type != "mask2former":
         raise ValueError(f"{folder}: holds a model of type {model_type}; wanted: {WHAT}")
