@@ -230,7 +230,9 @@ def load_model(path: Path, config, state: dict[str, Tensor] | None) -> nn.Module
         with quiet_transformers():
             model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
                 source, config=config, state_dict=converted, output_loading_info=True, dtype=torch.float32,
-                local_files_only=True, ignore_mismatched_sizes=True, attn_implementation="eager")
+                local_files_only=True, ignore_mismatched_sizes=True,
+                # transformers' own choices, said because a config.json can name compiled code on the hub instead
+                attn_implementation={"": "eager", "backbone_config": "sdpa"})
     except pickle.UnpicklingError as error:  # torch's message would advise to run what is in it
         raise ValueError(f"{path}: refused, it is damaged or holds more than tensors (nothing was run)") from error
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, EOFError,

@@ -65,7 +65,8 @@ def call_findings(module, call):
     if last == "from_pretrained":
         if name.startswith("Auto") and keyword(call, "trust_remote_code") != "False":
             yield f"calls {name} without trust_remote_code=False"
-        if keyword(call, "dtype") and keyword(call, "attn_implementation") not in ("'sdpa'", "'eager'"):
+        attention = set(re.findall(r"[\w./]+", keyword(call, "attn_implementation") or "none"))
+        if keyword(call, "dtype") and not attention <= {"sdpa", "eager", "backbone_config"}:
             yield f"calls {name} without naming the attention, so that a config.json may name code for it"
     if last in ("extract", "extractall") and "archive" in name:
         yield f"calls {name}"
