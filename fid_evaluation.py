@@ -32,8 +32,9 @@ from tqdm import tqdm
 from models import distributed
 from reward_utils.fid_math import KID_SUBSET_SIZE, KID_SUBSETS, Moments, bootstrap_interval, frechet_distance, \
     inception_score, inside, kernel_distance, moments, precision_recall
-from reward_utils.image_files import Batch, Share, count_images, npz_keys, open_npz, read_batches
+from reward_utils.image_files import Batch, Share, count_images, read_batches
 from reward_utils.inception import FEATURES, extract_all, load_features
+from reward_utils.npz import npz_keys, open_npz, peek, read_array, read_text
 
 __all__ = ["frechet_distance", "inception_score", "precision_recall", "kernel_distance", "measure", "compare",
            "Evaluation", "parse_args", "format_table", "count_images", "read_batches"]
@@ -199,21 +200,24 @@ def load_statistics(path: Path, net: torch.nn.Module, features_name: str) -> dic
     """mu, sigma, mu_s and sigma_s, as far as an .npz file has them (ADM's reference batches do); None: no mu."""
     if path.is_dir():
         return None
-    with open_npz(path) as archive, np.load(path, allow_pickle=False) as data:
+    dims = {"mu": net.feature_dim, "sigma": net.feature_dim, "mu_s": net.spatial_dim, "sigma_s": net.spatial_dim}
+    shapes = {name: (dim,) * (2 if name.startswith("sigma") else 1) for name, dim in dims.items()}
+    with open_npz(path) as archive:
         keys = npz_keys(archive)
         if "mu" not in keys and "sigma" not in keys:
             return None
-        if "features" in keys and str(data["features"]) != features_name:
-            raise ValueError(f"{path}: statistics of the {data['features']} features, not of {features_name}")
+        if "features" in keys and (name := read_text(archive, "features")) != features_name:
+            raise ValueError(f"{path}: statistics of the {name[:80]} features, not of {features_name}")
         if "mu" not in keys or "sigma" not in keys:
             raise ValueError(f"{path}: a statistics file needs both mu and sigma; keys: {', '.join(keys)}")
-        found = {name: data[name] for name in ("mu", "sigma", "mu_s", "sigma_s") if name in keys}
-    for name, dim in (("mu", net.feature_dim), ("sigma", net.feature_dim), ("mu_s", net.spatial_dim),
-                      ("sigma_s", net.spatial_dim)):
-        shape = (dim,) * (2 if name.startswith("sigma") else 1)
-        if name in found and (found[name].shape != shape or not np.isfinite(found[name]).all()):
-            raise ValueError(f"{path}: {name} must be {list(shape)} finite numbers for the {features_name} features, "
-                             f"not {list(found[name].shape)}: both sides must come from the same feature network")
+        found = {}
+        for name in (name for name in shapes if name in keys):
+            shape = peek(archive, name).shape
+            if shape == shapes[name]:  # read only then: a file may claim any size
+                found[name] = read_array(archive, name)
+            if name not in found or not np.isfinite(found[name]).all():
+                raise ValueError(f"{path}: {name} must be {list(shapes[name])} finite numbers for the {features_name} "
+                                 f"features, not {list(shape)}: both sides must come from the same feature network")
     return found
 
 

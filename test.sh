@@ -34,5 +34,5 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 export CUDA_VISIBLE_DEVICES=$gpus
 source scripts/setup_env.sh
 source scripts/launch.sh
-# $scales unquoted: its words are the scales
-launch sample_c2i.py "" --model "$model" --step "$step" --cfg_sweep $scales ${REF:+--ref "$REF"} "$@"
+read -ra scales <<<"$scales"  # its words; unquoted, a * among them would become the names of files
+launch sample_c2i.py "" --model "$model" --step "$step" --cfg_sweep "${scales[@]}" ${REF:+--ref "$REF"} "$@"

@@ -20,6 +20,7 @@ from PIL import Image
 
 from benchmark.prompt_scores import GENEVAL_SCORE, ImageScores, by_prompt, mean_of, mean_over_categories, \
     prompt_means, read_prompt_folders, read_scores, score_names, spell, summarise, title
+from dataset.files import parse_json, read_text
 from dataset.images import IMAGE_SUFFIXES, read_image
 from models.config import one_line_errors
 from models.report import environment, figure, page, section, table
@@ -78,10 +79,10 @@ def read_metrics(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON mapping: {error}") from None
+    data = parse_json(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a JSON mapping")
+    return data
 
 
 def spread(items: Sequence, count: int) -> list:

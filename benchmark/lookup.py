@@ -6,11 +6,11 @@
 
 Loads no weights: that is models/build.py.
 """
-import json
 import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
+from dataset.files import parse_json, read_text
 from models.build import PolicyConfig, stored_settings
 from models.checkpoint import read_manifest
 from models.generate import SamplingConfig
@@ -78,10 +78,9 @@ def _run_config(path: Path) -> dict:
     file = path / "config.json"
     if not file.is_file():
         return {}
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is not readable JSON ({error})") from None
+    config = parse_json(read_text(file), str(file))
+    if not isinstance(config, dict):
+        raise ValueError(f"{file} must hold a JSON object")
     return {key: value for key, value in config.items() if key in SETTINGS}
 
 

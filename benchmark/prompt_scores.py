@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset import Condition
+from dataset.files import parse_json, read_text
 from dataset.images import IMAGE_SUFFIXES
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet
@@ -256,10 +257,10 @@ def _lines(path: Path, parse) -> list[ImageScores]:
     if not path.is_file():
         return []
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").split("\n"), 1):
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if line.strip():
             try:
-                rows.append(parse(json.loads(line)))
+                rows.append(parse(parse_json(line, "it", by_line=False)))
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise ValueError(f"{path} line {number} is not an image's scores ({type(error).__name__}: {error}): "
                                  "score the images again") from None

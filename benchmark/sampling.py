@@ -28,6 +28,7 @@ from tqdm import tqdm
 from benchmark.evaluation_report import SETTINGS_FILE, read_json
 from benchmark.lookup import Model, find_model
 from dataset import Condition
+from dataset.images import read_image
 from models import distributed
 from models.build import PolicyConfig
 from models.config import parse_args
@@ -229,8 +230,7 @@ def write_png(path: Path, image: np.ndarray) -> None:
 
 
 def read_png(path: Path) -> np.ndarray:
-    with Image.open(path) as image:
-        return np.asarray(image.convert("RGB"))
+    return read_image(path, path)
 
 
 def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, int, int]) -> None:

@@ -3,11 +3,11 @@
 A class id is the position of its name in the list: sorted wnids for ImageNet, sorted folder names for an ImageFolder.
 The images of an ImageFolder are not opened here: reinforcement learning needs the labels only.
 """
-import json
 import re
 from pathlib import Path
 
 from dataset import Condition
+from dataset.files import parse_json, read_text
 
 SPLIT_FOLDERS = {"train", "val", "test"}
 WNID = re.compile(r"n\d{8}")
@@ -72,7 +72,7 @@ def _folder_names(root: Path) -> list[str]:
 
 
 def _txt_names(path: Path) -> list[str]:
-    lines = [line.strip() for line in _read_text(path).rstrip().split("\n")]
+    lines = [line.strip() for line in read_text(path).rstrip().split("\n")]
     for number, line in enumerate(lines, 1):
         if not line:     # skipping it would shift the id of every later class
             raise ValueError(f"{path} line {number} is blank: every line is the name of one class")
@@ -80,10 +80,7 @@ def _txt_names(path: Path) -> list[str]:
 
 
 def _json_names(path: Path) -> list[str]:
-    try:
-        data = json.loads(_read_text(path))
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+    data = parse_json(read_text(path), str(path))
     if isinstance(data, dict):
         missing = next((i for i in range(len(data)) if str(i) not in data), None)
         if missing is not None:
@@ -95,10 +92,3 @@ def _json_names(path: Path) -> list[str]:
         if not isinstance(name, str) or not name.strip():
             raise ValueError(f"{path} class {i}: the name must be text, got {name!r}")
     return [name.strip() for name in data]
-
-
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None

@@ -12,17 +12,12 @@ import os
 import random
 from pathlib import Path
 
+from dataset.files import parse_json, read_text
+
 
 def captions_by_image(path: Path) -> dict[int, list[str]]:
     """image id -> its captions, in the file's order, white space made plain."""
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+    data = parse_json(read_text(path), str(path))
     annotations = data.get("annotations") if isinstance(data, dict) else None
     if not isinstance(annotations, list):
         raise ValueError(f"{path} has no list `annotations`: give a COCO captions_*.json file")

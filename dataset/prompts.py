@@ -3,21 +3,21 @@
 A record is a string or an object whose text stands under `prompt`, `caption`, `text` or AR-GRPO's
 `conversations[0].value`. GenEval's records (`tag`, `include`, ...; also under AR-GRPO's key `geneval_json`) become the
 metadata; of other records a `category` is kept, for means by category. A record's `image`, a path from the file's
-folder, becomes the reference of the rewards mse and lpips, which alone open it. The text is kept as it is: cleaning
-captions is the text encoder's business. A file that cannot be understood stops with one ValueError that names the file
-and the line or record.
+folder that stays inside it, becomes the reference of the rewards mse and lpips, which alone open it. A mixture is the
+user's own, as a preset is, and may name files anywhere. The text is kept as it is: cleaning captions is the text
+encoder's business. A file that cannot be understood stops with one ValueError that names the file and the line or
+record.
 """
-import json
 import random
 import re
 from fractions import Fraction
 from math import ceil
 from pathlib import Path
 
-import yaml
-
 from dataset import Condition
+from dataset.files import inside, parse_json, read_text, read_yaml
 
+WHAT = "prompt file"
 TEXT_KEYS = ("prompt", "caption", "text")
 STRATEGY = re.compile(r"(?:(first|end|random):)?(\d+(?:\.\d+)?%|\d+)")
 
@@ -59,11 +59,7 @@ def select(items: list, strategy: str, key: str) -> list:
 
 def _load_mixture(path: Path, seed: int) -> list[Condition]:
     """`datasets:` list of {json_path, sampling_strategy}; a relative json_path starts at the yaml's own folder."""
-    try:
-        data = yaml.safe_load(_read_text(path))
-    except yaml.YAMLError as error:
-        line = f" line {error.problem_mark.line + 1}" if getattr(error, "problem_mark", None) else ""
-        raise ValueError(f"{path}{line} is not valid YAML") from None
+    data = read_yaml(path, WHAT)
     entries = data.get("datasets") if isinstance(data, dict) else None
     if not isinstance(entries, list) or not entries:
         raise ValueError(f"{path} needs a list `datasets:` of {{json_path, sampling_strategy}}")
@@ -93,38 +89,23 @@ def _load_file(path: Path) -> list[Condition]:
     return conditions
 
 
-def _read_text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"prompt file {path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"prompt file {path} cannot be read: {error.strerror}") from None
-
-
 def _lines(path: Path):
     # not splitlines(): it would also cut at characters such as U+2028, which are legal inside a JSON string
-    for number, line in enumerate(_read_text(path).split("\n"), 1):
+    for number, line in enumerate(read_text(path, WHAT).split("\n"), 1):
         if line.strip():
             yield f"{path} line {number}", line
 
 
 def _json_lines(path: Path):
     for where, line in _lines(path):
-        try:
-            yield where, json.loads(line)
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{where} is not valid JSON: {error.msg}") from None
+        yield where, parse_json(line, where, by_line=False)
 
 
 def _json_list(path: Path):
-    text = _read_text(path)
+    text = read_text(path, WHAT)
     if not text.strip():
         return
-    try:
-        data = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{path} line {error.lineno} is not valid JSON: {error.msg}") from None
+    data = parse_json(text, str(path))
     if not isinstance(data, list):
         is_coco = isinstance(data, dict) and "annotations" in data
         hint = " (a COCO annotation file? run `python -m dataset.prepare_coco` on it)" if is_coco else ""
@@ -140,9 +121,10 @@ def _condition(record, where: str, folder: Path) -> Condition:
     text = record if isinstance(record, str) else _record_text(record)
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f"{where} has no text (looked for {', '.join(TEXT_KEYS)} and conversations[0].value)")
-    metadata = _metadata(record, where)
+    # only the record's own image, checked: GenEval's part of it may name another
+    metadata = {key: value for key, value in _metadata(record, where).items() if key != "image"}
     if isinstance(record, dict) and isinstance(record.get("image"), str) and record["image"]:
-        metadata = {**metadata, "image": str(folder / record["image"])}
+        metadata["image"] = str(inside(folder, record["image"], where))
     return Condition(prompt=text.strip(), metadata=metadata)
 
 

@@ -14,15 +14,17 @@ import os
 import pickle
 import re
 import struct
+import types
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, get_args, get_origin, get_type_hints
 
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text, refuse_compressed
 from models.gpt import GPT, GPT_SIZES, GPTConfig, rope_table
 from models.lora import merged_state
 from models.vq import VQ_SIZES, VQConfig, VQModel
@@ -50,6 +52,7 @@ USAGE = "quantize.codebook_used"  # a counter of code usage: no weight, and not 
 RECOMPUTED = re.compile(r"(?:^|\.)(?:freqs_cis|causal_mask)$|\.kv_cache\.")
 RELEASES = "LlamaGen's weights are at https://huggingface.co/FoundationVision/LlamaGen (c2i) and " \
            "https://huggingface.co/peizesun/llamagen_t2i (t2i)"
+MAX_LAYERS, MAX_SIZE = 1024, 1 << 20  # that a model.json may ask for
 MAX_NAMES = 10  # keys named per complaint
 # What torch.load is seen to raise on damaged or foreign files, beside UnpicklingError.
 DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
@@ -138,8 +141,7 @@ def _cpu_state(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[st
 def _load(kind: Kind, path: Path, name_or_config, overrides: dict) -> nn.Module:
     files = _weight_files(path)
     config = _resolve_config(kind, path, name_or_config, overrides)
-    with torch.device("meta"):  # no memory and no time for an initialisation that is overwritten
-        model = kind.model(config)
+    model = _empty(kind, path, config)
     state = {}
     for file in files:
         state.update(_read_tensors(file))
@@ -161,6 +163,15 @@ def _load(kind: Kind, path: Path, name_or_config, overrides: dict) -> nn.Module:
     return model.eval()
 
 
+def _empty(kind: Kind, path: Path, config) -> nn.Module:
+    """The model on the meta device: no memory and no time for an initialisation that is overwritten."""
+    try:
+        with torch.device("meta"):
+            return kind.model(config)
+    except (ValueError, TypeError, RuntimeError, ArithmeticError) as error:
+        raise ValueError(f"{path}: its configuration describes no {kind.name} model: {_first_line(error)}") from None
+
+
 def _resolve_config(kind: Kind, path: Path, name_or_config, overrides: dict):
     if isinstance(name_or_config, kind.config):
         return replace(name_or_config, **overrides)
@@ -177,10 +188,27 @@ def _resolve_config(kind: Kind, path: Path, name_or_config, overrides: dict):
                          "with its config")
     # JSON has no tuples; configs compare equal and hash only with them
     fields = {key: tuple(value) if isinstance(value, list) else value for key, value in manifest["config"].items()}
+    hints = get_type_hints(kind.config)
     try:
+        if misfits := [key for key, value in fields.items() if key in hints and not _fits(key, value, hints[key])]:
+            raise ValueError(f"no plausible {_listed(misfits)}")
         return kind.config(**{**fields, **overrides})
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{path}: model.json is not usable: {error}") from None
+    except (TypeError, ValueError, ArithmeticError) as error:
+        raise ValueError(f"{path}: model.json is not usable: {_first_line(error)}") from None
+
+
+def _fits(key: str, value, kind) -> bool:
+    """A configuration's value is of its type, and a size is one: not every size is held against the weights, and the
+    model is built before any is."""
+    if isinstance(kind, types.UnionType):
+        return any(_fits(key, value, part) for part in get_args(kind))
+    if get_origin(kind) is tuple:
+        return isinstance(value, tuple) and len(value) <= MAX_LAYERS and all(_fits(key, item, int) for item in value)
+    if kind is int:
+        return type(value) is int and 0 <= value <= (MAX_LAYERS if key in ("n_layer", "num_res_blocks") else MAX_SIZE)
+    if kind is float:
+        return type(value) in (int, float)
+    return type(value) is kind
 
 
 def _weight_files(path: Path) -> list[Path]:
@@ -200,7 +228,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     weight_map = _read_json(index).get("weight_map")
-    names = sorted(set(weight_map.values())) if isinstance(weight_map, dict) else []
+    names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):  # never outside the folder
         raise ValueError(f"{index} has no usable weight_map")
     missing = [name for name in names if not (index.parent / name).is_file()]
@@ -210,10 +238,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _read_json(file: Path) -> dict:
-    try:
-        data = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ValueError(f"{file} is not readable JSON: {_first_line(error)}") from None
+    data = parse_json(read_text(file), str(file))
     if not isinstance(data, dict):
         raise ValueError(f"{file} must hold a JSON object")
     return data
@@ -224,7 +249,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
-        except (SafetensorError, OSError) as error:
+        except (SafetensorError, *DAMAGE) as error:
             raise ValueError(f"{file} is damaged or no safetensors file: {_first_line(error)}") from None
     data = _unpickle(file)
     for key in ("model", "module", "state_dict"):
@@ -239,6 +264,7 @@ def _read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def _unpickle(file: Path):
+    refuse_compressed(file)
     # LlamaGen's training checkpoints carry their command line; a Namespace is inert
     with torch.serialization.safe_globals([argparse.Namespace]):
         try:

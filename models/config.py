@@ -22,6 +22,8 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
+from dataset.files import compose_yaml, one_line, yaml_value
+
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEBUG_VARIABLE = "ARGRPO_DEBUG"
 STATUS_VARIABLE = "ARGRPO_STATUS_DIR"  # where scripts/run_workers.py looks for each process's error
@@ -239,18 +241,13 @@ def _read_preset(name_or_path: str, options: dict[str, _Option], ignored_keys: C
 
 def _yaml_items(path: Path) -> list[tuple[int, str, Any]]:
     """(line, key, value) of a flat mapping, in order. Duplicate keys, which safe_load merges silently, stay visible."""
-    import yaml
-
-    try:
-        root = yaml.compose(path.read_text(encoding="utf-8"), Loader=yaml.SafeLoader)
-        if root is None:  # an empty file, or comments only
-            return []
-        if not isinstance(root, yaml.MappingNode):
-            raise ValueError("expected lines of the form 'key: value'")
-        build = yaml.constructor.SafeConstructor().construct_document
-        return [(key.start_mark.line + 1, str(build(key)), build(value)) for key, value in root.value]
-    except (yaml.YAMLError, OSError, ValueError) as error:
-        raise ValueError(f"{path} cannot be read as YAML: {error}") from error
+    root = compose_yaml(path)
+    if root is None:  # an empty file, or comments only
+        return []
+    if root.id != "mapping":
+        raise ValueError(f"{path} is no preset: expected lines of the form 'key: value'")
+    return [(key.start_mark.line + 1, one_line(str(yaml_value(key, path))), yaml_value(value, path))
+            for key, value in root.value]
 
 
 def _convert_at(where: str, value, kind):
@@ -293,7 +290,10 @@ def _scalar(value, kind: type, alternative: str = ""):
         except (ValueError, KeyError):
             raise ValueError(problem) from None
     elif isinstance(value, accepted) and isinstance(value, bool) == (kind is bool):  # a bool is an int in Python
-        result = kind(value)
+        try:
+            result = kind(value)
+        except OverflowError:  # a whole number beyond every float
+            raise ValueError(f"expected {alternative}{expected}, got a number without end") from None
     else:
         raise ValueError(problem)
     if kind is float and math.isnan(result):

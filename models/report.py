@@ -19,6 +19,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from dataset.files import parse_json, read_text
+
 STDERR = "_stderr"
 REWARD_PANEL = "Training reward"
 # title -> metric names (shell patterns); a panel without data is left out
@@ -98,11 +100,11 @@ def read_metrics(path: Path) -> tuple[Series, int]:
         try:
             values = json.loads(line)
             step = int(values.pop("step"))
-        except (ValueError, KeyError, TypeError, AttributeError):
+        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
             num_unreadable += 1
             continue
         for key, value in values.items():
-            if isinstance(value, (int, float)) and math.isfinite(value):
+            if isinstance(value, (int, float)) and abs(value) <= sys.float_info.max:
                 series.setdefault(key, {})[step] = value
     if not series:
         raise ValueError(f"{path} holds no metrics yet: there is nothing to report")
@@ -132,10 +134,10 @@ def _git_commit() -> str:
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: is {path.parent} the folder of a run?")
-    try:
-        return dict(json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"{path} is not a JSON mapping: {error}") from error
+    data = parse_json(read_text(path), str(path))
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a JSON mapping")
+    return data
 
 
 def _select(series: Series, patterns: tuple[str, ...]) -> list[str]:
@@ -225,7 +227,10 @@ def section(title: str, content: str) -> str:
 
 
 def page(parts: list[str], title: str = "Run report") -> str:
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><style>{_STYLE}</style>'
+    # should a text ever stand in it unescaped: no script runs and nothing is fetched
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    head = f'<meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">' \
+           f'<title>{html.escape(title)}</title><style>{_STYLE}</style>'
     return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n{"".join(parts)}</body></html>\n'
 
 

@@ -20,6 +20,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from dataset.files import inside, parse_json, read_text
+
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
@@ -176,7 +178,7 @@ class RunFolder:
         if not path.exists():
             return
         try:
-            stored = dict(json.loads(path.read_text(encoding="utf-8")))
+            stored = dict(parse_json(read_text(path), path.name))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --run_name") from error
         resized = ("images_per_update",) if stored.get("num_processes") != config.get("num_processes") else ()
@@ -224,11 +226,11 @@ class RunFolder:
 def checkpoint_damage(folder: Path) -> str | None:
     """What is wrong with a checkpoint folder, or None when every file is as it was written."""
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text(encoding="utf-8"))
+        checksums = parse_json(read_text(folder / CHECKSUMS), CHECKSUMS)
         if not checksums:
             return f"{CHECKSUMS} names no file"
         for name, expected in checksums.items():
-            if _sha256(folder / name) != expected:
+            if _sha256(inside(folder, name, CHECKSUMS)) != expected:
                 return f"{name} has changed since it was written"
     except OSError as error:
         return f"{Path(error.filename or CHECKSUMS).name}: {error.strerror}"

@@ -10,6 +10,7 @@ Shapes: N prompts, T = max_length slots, t <= T tokens of one prompt, C embeddin
 import hashlib
 import html
 import os
+import pickle
 import re
 import warnings
 from collections import OrderedDict
@@ -22,6 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+
+from dataset.files import one_line
 
 MEMORY_PROMPTS = 1024  # prompts kept in memory: about 100 MB for flan-t5-xl in bf16 at 25 tokens a prompt
 GPU_ROWS = 64          # prompts per forward on a GPU
@@ -264,8 +267,11 @@ def _load_t5(name_or_path: str, dtype: torch.dtype) -> tuple:
         raise ValueError(f"no text encoder at {name_or_path} (a folder of config.json, weights, tokenizer): {mend}")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, trust_remote_code=False)
-        model, info = T5EncoderModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        # the attention in so many words: a config.json can name compiled code on the hub in its place
+        model, info = T5EncoderModel.from_pretrained(name_or_path, dtype=dtype, output_loading_info=True,
+                                                     attn_implementation="sdpa")
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, SafetensorError,
+            pickle.UnpicklingError) as error:
         reason = str(error).strip().split("\n")[0]
         raise ValueError(f"the text encoder {name_or_path} cannot be loaded ({reason}): {mend}") from error
     if info["missing_keys"]:  # transformers would leave them random
@@ -278,7 +284,7 @@ def _open_cache(path: Path, identity: dict[str, str]):
     try:
         file = safe_open(path, framework="pt")
     except (OSError, SafetensorError) as error:
-        raise ValueError(f"the text cache {path} cannot be read ({error}): make it with "
+        raise ValueError(f"the text cache {path} cannot be read ({one_line(error)}): make it with "
                          "`python -m dataset.encode_prompts`") from None
     found = file.metadata() or {}
     for key, wanted in identity.items():

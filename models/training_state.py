@@ -226,3 +226,7 @@ def read_small(file: Path) -> dict:
     except pickle.UnpicklingError:
         raise ValueError(f"{file} was refused and nothing in it was run: it holds more than tensors. Delete "
                          f"{file.parent} to resume from the checkpoint before it") from None
+    except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise ValueError(f"{file} is damaged ({reason}). Delete {file.parent} to resume from the checkpoint before it"
+                         ) from None

@@ -28,7 +28,10 @@ IN_STRING = re.compile(rf"\s*({NUMBER})\s*(?:/\s*\d+(?:\.\d+)?)?\s*", re.ASCII)
 IN_RUINS = re.compile(rf"[\s~]*({NUMBER})\s*(?:[/+(a-zA-Z].*)?", re.ASCII | re.DOTALL)
 # a key where a key can stand, and its value up to the next member or the end; a comma between digits ends nothing
 KEY_IN_RUINS = re.compile(r"""(?:[{,\n]|["'”]\s)\s*["'“”]?score["'“”]?\s*[:=]\s*["'“”]?((?:[^,;}\]\n"'“”]|,(?=\d))*)""")
-FINAL_SCORE = re.compile(r"Final\s*Score\s*:?\**\s*:?\s*\**\s*(\d+(?:\.\d+)?)", re.IGNORECASE | re.ASCII)
+# of a text whose white space is single blanks
+FINAL_SCORE = re.compile(r"Final ?Score ?:?\*{0,4} ?:? ?\*{0,4} ?(\d{1,20}(?:\.\d{1,20})?)", re.IGNORECASE | re.ASCII)
+MAX_CHARACTERS = 1 << 16  # of an answer; some patterns below take its square in time, and a server may send anything
+MAX_NUMBER = 200  # characters of a string that may be a number
 DECODER = json.JSONDecoder(strict=False, parse_int=float)  # line breaks inside strings pass; 10**400 is infinite
 NOT_JSON = (json.JSONDecodeError, RecursionError)
 
@@ -40,6 +43,8 @@ def parse_score_json(text: str, low: float = -math.inf, high: float = math.inf) 
 
     The object stands in the first ```json fence, else in the first bare fence, else anywhere.
     """
+    if len(text) > MAX_CHARACTERS:
+        return math.nan, f"no score in the answer of {len(text)} characters, {shorten(text)}"
     body = _body(text)
     found, value = _strict_score(body)
     if found:
@@ -47,7 +52,9 @@ def parse_score_json(text: str, low: float = -math.inf, high: float = math.inf) 
     elif _load(body)[0]:
         number = math.nan  # a number, a list, an object without a score
     else:
-        ruins = KEY_IN_RUINS.search(body, body.find("{")) if "{" in body else None
+        # without runs of white space, over which the pattern would take the square of their length
+        lines = "\n".join(filter(None, (" ".join(line.split()) for line in body[body.find("{"):].split("\n"))))
+        ruins = KEY_IN_RUINS.search(lines) if "{" in body else None
         number = _number(ruins.group(1), IN_RUINS) if ruins else math.nan
     if math.isnan(number):
         return math.nan, f"no score in the answer {shorten(text)}"
@@ -56,7 +63,9 @@ def parse_score_json(text: str, low: float = -math.inf, high: float = math.inf) 
 
 def parse_final_score(text: str) -> Parsed:
     """UnifiedReward's "Final Score: 4" in [1, 5], markdown and case aside; anything outside 1 to 5 is a failure."""
-    match = FINAL_SCORE.search(text)
+    if len(text) > MAX_CHARACTERS:
+        return math.nan, f"no final score in the answer of {len(text)} characters, {shorten(text)}"
+    match = FINAL_SCORE.search(" ".join(text.split()))
     if match is None:
         return math.nan, f"no final score in the answer {shorten(text)}"
     value = float(match.group(1))
@@ -134,7 +143,9 @@ def _load(body: str) -> tuple[bool, object]:
 def _number(value: object, written: re.Pattern) -> float:
     """A finite number of JSON, or a string that `written` matches; NaN for everything else."""
     if isinstance(value, str):
-        match = written.fullmatch(value)
+        # what stands behind a number in ruins is of no account
+        match = written.fullmatch(value[:MAX_NUMBER] if written is IN_RUINS else value) if len(
+            value) <= MAX_NUMBER or written is IN_RUINS else None
         value = float(match.group(1)) if match else math.nan
     if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
         return math.nan

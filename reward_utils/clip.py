@@ -3,7 +3,6 @@
 `CosineScorer` is what the CLIP-like rewards share: batches, one encoding per unique prompt, the product in float32; a
 subclass says how pixels and prompts are encoded. Shapes: N images, U unique prompts, D width of the features.
 """
-import json
 import math
 import pickle
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, locate
@@ -117,14 +117,17 @@ def load_clip(flag: str, folder: Path, model_class: type) -> nn.Module:
         raise ValueError(f"{folder}: no CLIP in transformers' format (no config.json in it); {mend}")
     try:
         with _without_warnings():
-            # float32 in so many words: transformers 5 would take the file's dtype
-            model, info = model_class.from_pretrained(folder, dtype=torch.float32, local_files_only=True,
-                                                      output_loading_info=True, ignore_mismatched_sizes=True)
+            # float32 in so many words: transformers 5 would take the file's dtype; and the attention: a config.json can
+            # name compiled code on the hub in its place
+            model, info = model_class.from_pretrained(
+                folder, dtype=torch.float32, local_files_only=True, output_loading_info=True,
+                ignore_mismatched_sizes=True, attn_implementation="sdpa")
     except pickle.UnpicklingError as error:
         # torch's message would advise to run what is in it
         raise ValueError(f"{folder}: refused, its pytorch_model.bin is damaged or holds more than tensors (nothing in "
                          f"it was run); {mend}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, EOFError,
+            SafetensorError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"{folder}: cannot be loaded as CLIP ({reason}); {mend}") from error
     # transformers leaves these weights random
@@ -163,7 +166,7 @@ def load_tokenizer(folder: Path, vocab_size: int):
         return tokenizer
     try:
         for name in names - {"merges.txt"}:
-            json.loads((folder / name).read_text(encoding="utf-8"))  # tokenizers raises a bare Exception instead
+            parse_json(read_text(folder / name), name)  # tokenizers raises a bare Exception instead
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         reason = " ".join(str(error).split())[:300]

@@ -8,6 +8,7 @@ from tqdm import tqdm
 
 TIMEOUT_SEC = 30  # without any byte arriving
 CHUNK = 1 << 20
+MAX_BYTES = 1 << 30  # Inception takes 95 MB; a server may send without end
 
 
 def download(url: str, path: Path, digest: str) -> Path:
@@ -40,6 +41,8 @@ def _fetch(url: str, path: Path, name: str) -> str:
                 file.write(chunk)
                 digest.update(chunk)
                 bar.update(len(chunk))
+                if bar.n > MAX_BYTES:
+                    raise OSError(f"more than {MAX_BYTES} bytes came")
         if size and bar.n != size:
             raise OSError(f"the connection ended after {bar.n} of {size} bytes")
     return digest.hexdigest()

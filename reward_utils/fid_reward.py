@@ -11,14 +11,15 @@ Features are those of reward_utils.inception, so the statistics must be, too: AD
 Legend: N images, D feature width, W weight of all images counted, earlier ones faded.
 """
 import math
-import zipfile
 from pathlib import Path
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
+from dataset.files import one_line
 from reward_utils.inception import extract, load_features
+from reward_utils.npz import npz_keys, open_npz, peek, read_array, read_text
 from reward_utils.quantize import FID_BOUNDS, FID_REWARDS, quantize
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import locate
@@ -148,15 +149,16 @@ class FidScorer(nn.Module):
 def load_moments(path: Path, features_name: str, dim: int) -> tuple[np.ndarray, np.ndarray]:
     """mu [D] and sigma [D, D] of an .npz; ValueError where they are not there, not finite or another network's."""
     try:
-        with np.load(path, allow_pickle=False) as data:
-            mu, sigma = data["mu"], data["sigma"]
-            name = str(data["features"]) if "features" in data else features_name
-    except (OSError, KeyError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise ValueError(f"--fid_stats {path}: no .npz with mu and sigma ({reason})") from error
+        with open_npz(path) as archive:
+            shapes = [peek(archive, key).shape for key in ("mu", "sigma")]
+            fits = shapes == [(dim,), (dim, dim)]
+            mu, sigma = (read_array(archive, key) for key in ("mu", "sigma")) if fits else (None, None)
+            name = read_text(archive, "features") if "features" in npz_keys(archive) else features_name
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--fid_stats {path}: no .npz with mu and sigma ({one_line(error)})") from error
     if name != features_name:
-        raise ValueError(f"--fid_stats {path}: statistics of the {name} features, not of {features_name}")
-    if mu.shape != (dim,) or sigma.shape != (dim, dim) or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
-        raise ValueError(f"--fid_stats {path}: mu {list(mu.shape)} and sigma {list(sigma.shape)} must be [{dim}] and "
+        raise ValueError(f"--fid_stats {path}: statistics of the {name[:80]} features, not of {features_name}")
+    if not fits or not np.isfinite(mu).all() or not np.isfinite(sigma).all():
+        raise ValueError(f"--fid_stats {path}: mu {list(shapes[0])} and sigma {list(shapes[1])} must be [{dim}] and "
                          f"[{dim}, {dim}], finite: both sides must come from the same feature network")
     return mu, sigma

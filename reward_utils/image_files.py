@@ -6,8 +6,6 @@ Only one batch is in memory; several processes take shares that don't overlap. L
 arrays in Fortran order, pixels deeper than 8 bits.
 """
 import math
-import zipfile
-import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -16,7 +14,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from dataset.images import IMAGE_SUFFIXES, MAX_PIXELS, read_image
+from dataset.images import IMAGE_SUFFIXES, check_size, read_image
+from reward_utils.npz import npz_keys, open_array, open_npz
 
 MAX_BATCH_BYTES = 1 << 29  # large images come in smaller batches
 NUM_THREADS = 8  # Pillow decodes outside the interpreter's lock
@@ -38,7 +37,7 @@ def count_images(path: Path) -> int:
     """Number of images in an .npz file or a folder."""
     if path.is_dir():
         return len(_image_files(path))
-    with _open_array(path) as (_, shape):
+    with _open_images(path) as (_, shape):
         return shape[0]
 
 
@@ -107,46 +106,21 @@ def _decoded(files: list[Path], own: range, skipped: list[str] | None) -> Iterat
 # ---- npz files -------------------------------------------------------------------------------------------------------
 
 @contextmanager
-def open_npz(path: Path) -> Iterator[zipfile.ZipFile]:
-    """A complaint inside, of damage too, is a ValueError that names the file."""
-    if path.suffix != ".npz" or not path.is_file():
-        raise ValueError(f"{path}: no such .npz file or folder of images")
-    try:
-        with zipfile.ZipFile(path) as archive:
-            yield archive
-    except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
-        raise ValueError(f"{path}: damaged or truncated npz ({error})") from error
-    except ValueError as error:
-        raise error if str(path) in str(error) else ValueError(f"{path}: {error}") from error
-
-
-def npz_keys(archive: zipfile.ZipFile) -> list[str]:
-    return [name.removesuffix(".npy") for name in archive.namelist()]
-
-
-@contextmanager
-def _open_array(path: Path) -> Iterator[tuple]:
+def _open_images(path: Path) -> Iterator[tuple]:
     """The byte stream of member arr_0 behind its npy header, and its shape (N, H, W, 3)."""
     with open_npz(path) as archive:
         if "arr_0.npy" not in archive.namelist():
             raise ValueError(f"{path}: no images under the key arr_0; keys: {', '.join(npz_keys(archive)) or 'none'}")
-        with archive.open("arr_0.npy") as stream:
-            old = np.lib.format.read_magic(stream) == (1, 0)  # versions 2 and 3 differ in the encoding of names alone
-            read_header = np.lib.format.read_array_header_1_0 if old else np.lib.format.read_array_header_2_0
-            shape, fortran_order, dtype = read_header(stream)
+        with open_array(archive, "arr_0") as (stream, (shape, fortran_order, dtype)):
             if dtype != np.uint8 or len(shape) != 4 or shape[3] != 3 or 0 in shape or fortran_order:
                 raise ValueError(f"{path}: arr_0 must be uint8 [N, H, W, 3] in C order with N > 0, "
                                  f"not {dtype} {list(shape)}{' in Fortran order' if fortran_order else ''}")
-            if shape[1] * shape[2] > MAX_PIXELS:
-                raise ValueError(f"{path}: images of {shape[2]}x{shape[1]} pixels, more than the {MAX_PIXELS} allowed")
-            num_bytes = archive.getinfo("arr_0.npy").file_size - stream.tell()
-            if num_bytes < math.prod(shape):
-                raise ValueError(f"{path}: arr_0 announces {shape[0]} images but ends before them")
+            check_size(shape[2], shape[1], f"{path}: images of arr_0")
             yield stream, shape
 
 
 def _npz_batches(path: Path, batch_size: int, share: Share) -> Iterator[Batch]:
-    with _open_array(path) as (stream, (count, *shape)):
+    with _open_images(path) as (stream, (count, *shape)):
         batch_size = _fitting(batch_size, math.prod(shape))
         for number, start in enumerate(range(0, count, batch_size)):
             indices = np.arange(start, min(start + batch_size, count))

@@ -5,7 +5,6 @@ Built from transformers' Blip modules; `converted` brings ImageReward.pt's keys 
 
 Legend: N pairs of image and prompt, V = 1 + patches, T tokens, D width.
 """
-import json
 import re
 from collections import OrderedDict
 from pathlib import Path
@@ -13,6 +12,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, fill, load_state, locate
@@ -153,8 +153,8 @@ def load_bert_tokenizer(folder: Path, vocab_size: int):
         raise ValueError(f"{folder}: no tokenizer in it (tokenizer.json or vocab.txt); {mend}")
     try:
         if (folder / "tokenizer.json").is_file():  # looked into here: tokenizers raises a bare Exception instead
-            json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-        elif "[UNK]" not in (folder / "vocab.txt").read_text(encoding="utf-8").split():
+            parse_json(read_text(folder / "tokenizer.json"), "tokenizer.json")
+        elif "[UNK]" not in read_text(folder / "vocab.txt").split():
             raise ValueError("vocab.txt lacks [UNK]")
         tokenizer = BertTokenizerFast.from_pretrained(folder, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError) as error:

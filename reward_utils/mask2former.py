@@ -9,7 +9,6 @@ own post-processing lets masks overwrite each other and returns no boxes. Left o
 
 Legend: N images, Q queries, C classes, K instances, (H, W) the image's size, (h, w) that of the mask logits.
 """
-import json
 import pickle
 import re
 from collections.abc import Iterator
@@ -22,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.pixels import normalize
 from reward_utils.weights import load_state
 
@@ -212,8 +212,8 @@ def read_config(folder: Path):
 
     file = folder / "config.json"
     try:
-        model_type = json.loads(file.read_text(encoding="utf-8"))["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        model_type = parse_json(read_text(file), str(file))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{folder}: no hub folder of {WHAT}: its config.json cannot be read ({error})") from error
     if model_type != "mask2former":
         raise ValueError(f"{folder}: holds a model of type {model_type}; wanted: {WHAT}")
@@ -230,10 +230,13 @@ def load_model(path: Path, config, state: dict[str, Tensor] | None) -> nn.Module
         with quiet_transformers():
             model, info = Mask2FormerForUniversalSegmentation.from_pretrained(
                 source, config=config, state_dict=converted, output_loading_info=True, dtype=torch.float32,
-                local_files_only=True, ignore_mismatched_sizes=True)
+                local_files_only=True, ignore_mismatched_sizes=True,
+                # transformers' own choices, said because a config.json can name compiled code on the hub instead
+                attn_implementation={"": "eager", "backbone_config": "sdpa"})
     except pickle.UnpicklingError as error:  # torch's message would advise to run what is in it
         raise ValueError(f"{path}: refused, it is damaged or holds more than tensors (nothing was run)") from error
-    except (OSError, ValueError, RuntimeError, KeyError, EOFError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, EOFError,
+            SafetensorError) as error:
         raise ValueError(f"{path}: cannot be loaded as {WHAT} ({' '.join(str(error).split())[:300]})") from error
     check_complete(info, path)
     return model

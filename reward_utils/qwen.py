@@ -15,7 +15,6 @@ Legend: N images, Q questions, B = Q * N rows (question by question), L tokens, 
 """
 import inspect
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dataset.files import parse_json, read_text
 from reward_utils.answers import parse_all, parse_score_json, score_is_written
 from reward_utils.qwen_prompts import QUESTIONS, jpegs, question_text
 from reward_utils.settings import RewardSettings
@@ -84,7 +84,7 @@ class QwenScorer(nn.Module):
 
     def inputs(self, images: Tensor, prompts: Sequence[str], questions: Sequence[str], answer: str = "") -> dict:
         """The model's inputs for B rows, question by question; the vision tower sees each image once."""
-        pictures = [Image.open(io.BytesIO(file)).convert("RGB") for file in jpegs(images)]
+        pictures = [Image.open(io.BytesIO(file), formats=("JPEG",)).convert("RGB") for file in jpegs(images)]
         chats = [[{"role": "user", "content": [{"type": "text", "text": question_text(question, prompt)},
                                                {"type": "image", "image": picture}]}]
                  for question in questions for prompt, picture in zip(prompts, pictures)]
@@ -143,14 +143,14 @@ def load_judge(path: Path, dtype: torch.dtype):
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor, GenerationConfig
 
-    here = dict(local_files_only=True, trust_remote_code=False)
     try:
         for file in path.glob("*.json"):
-            json.loads(file.read_text(encoding="utf-8"))  # of a damaged one tokenizers raises a bare Exception
-        processor = AutoProcessor.from_pretrained(path, **here)
+            parse_json(read_text(file), str(file))  # of a damaged one tokenizers raises a bare Exception
+        processor = AutoProcessor.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         model, loading = AutoModelForImageTextToText.from_pretrained(
-            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True, **here)
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            path, dtype=dtype, attn_implementation="sdpa", use_safetensors=True, output_loading_info=True,
+            local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, SafetensorError) as error:
         raise ValueError(f"{path}: cannot be read as Qwen2.5-VL ({' '.join(str(error).split())[:300]})") from error
     if loading["missing_keys"]:
         missing = sorted(loading["missing_keys"])

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from dataset.files import one_line
 from reward_utils import wire
 from reward_utils.pixels import to_pil
 from reward_utils.remote import Endpoint, Failure, as_scores, number, post_all, read_json
@@ -65,7 +66,8 @@ class RemoteScorer:
             got = f"{len(scores)} scores" if isinstance(scores, list) else "no scores"
             return [Failure(f"{self.endpoint}: {got} of {name} for {count} images")] * count
         reasons = _member(_member(answer, "failures"), name)
-        return [Failure(str(_member(reasons, str(i)) or "the server gave no score and no reason")) if score is None
+        return [Failure(one_line(str(_member(reasons, str(i)) or "the server gave no score and no reason")))
+                if score is None
                 else number(score) for i, score in enumerate(scores)]
 
 

@@ -33,6 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dataset.files import parse_json
 from img_gen_grpo_rewards import RewardResult, RewardSet
 from models.config import one_line_errors, parse_args
 from reward_utils.remote import checked_key
@@ -42,8 +43,14 @@ from reward_utils.wire import decode_image
 KEY_VARIABLE = "REWARD_SERVER_API_KEY"
 OF_THE_WHOLE_BATCH = {"fid"}  # an image's score depends on its neighbours: requests must not be mixed
 MAX_REQUEST_PIXELS = 1 << 28  # 64 images of 2048 px; a small PNG can claim far more memory than it brings
+MAX_REQUEST_IMAGES = 4096
+MAX_PROMPT = 1 << 14  # characters
+# Of a body, counted before it is parsed: 250 MB of `[],[],` would become 5 GB of lists.
+MAX_CONTAINERS, MAX_MEMBERS = 1 << 20, 1 << 22
+MAX_CONNECTIONS = 256  # at a time, a thread each; more are closed unanswered
 MAX_WAITING = 64  # requests; then the answer is 503, which clients take as "try again"
-READ_SEC = 120.0  # for a request to arrive
+BODIES_IN_MEMORY = 4  # times --max_body_mb, that all requests under way may bring together; then 503
+READ_SEC = 120.0  # for a request to arrive, from the first byte of its head to the last of its body
 DRAIN_SEC = 2.0
 
 log = logging.getLogger(__name__)
@@ -159,6 +166,21 @@ class RefusedRequest(Exception):
 class Handler(http.server.BaseHTTPRequestHandler):
     timeout = 60  # seconds of silence after which a connection is dropped
 
+    def setup(self):
+        super().setup()
+        self.until = time.monotonic() + READ_SEC
+        self.server.heads[self.connection] = self.until
+
+    def parse_request(self):
+        try:
+            return super().parse_request()
+        finally:
+            self.server.heads.pop(self.connection, None)
+
+    def finish(self):
+        self.server.heads.pop(self.connection, None)  # of one that never sent a head
+        super().finish()
+
     def do_GET(self):
         if self.path == "/health":
             self.reply(200, {"status": "ok", "rewards": self.server.names})
@@ -170,8 +192,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
             if self.path != "/score":
                 raise RefusedRequest(404, "no such address; there are GET /health and POST /score")
             length = self.check_head()
-            images, prompts, metadata = read_request(self.read_body(length))
-            self.reply(200, self.score(images, prompts, metadata))
+            with self.server.room_for(length):
+                images, prompts, metadata = read_request(self.read_body(length))
+                self.reply(200, self.score(images, prompts, metadata))
         except RefusedRequest as error:
             self.reply(error.status, {"error": str(error)})
             self.drain()
@@ -190,10 +213,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         return int(length)
 
     def read_body(self, length: int) -> bytes:
-        body, until = bytearray(), time.monotonic() + READ_SEC
+        body = bytearray()
         while len(body) < length:
             chunk = self.rfile.read1(min(length - len(body), 1 << 20))
-            if not chunk or time.monotonic() > until:
+            if not chunk or time.monotonic() > self.until:
                 raise RefusedRequest(400, f"only {len(body)} of {length} bytes arrived")
             body += chunk
         return bytes(body)
@@ -238,12 +261,18 @@ class Handler(http.server.BaseHTTPRequestHandler):
         log.debug(format, *args)
 
 
+def parse_body(body: bytes):
+    if body.count(b"[") + body.count(b"{") > MAX_CONTAINERS or body.count(b",") > MAX_MEMBERS:
+        raise RefusedRequest(413, f"the body has more than {MAX_CONTAINERS} lists and objects or {MAX_MEMBERS} commas")
+    try:
+        return parse_json(body.decode(), "the body")
+    except ValueError as error:
+        raise RefusedRequest(400, _one_line(error)) from error
+
+
 def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict]]:
     """(images uint8 [n, 3, H, W], prompts, metadata), or RefusedRequest with what is wrong."""
-    try:
-        request = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        raise RefusedRequest(400, f"the body is not JSON ({_one_line(error)})") from error
+    request = parse_body(body)
     members = request.keys() if isinstance(request, dict) else set()
     if not {"images", "prompts"} <= members <= {"images", "prompts", "metadata"}:
         raise RefusedRequest(400, "the body must be an object of images, prompts and perhaps metadata")
@@ -258,17 +287,26 @@ def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict]]:
         raise RefusedRequest(400, "metadata may not name an image: files of this host are not read for others")
     if not encoded or not len(encoded) == len(prompts) == len(metadata):
         raise RefusedRequest(400, f"{len(encoded)} images, {len(prompts)} prompts, {len(metadata)} metadata records")
+    if len(encoded) > MAX_REQUEST_IMAGES:
+        raise RefusedRequest(413, f"{len(encoded)} images, at most {MAX_REQUEST_IMAGES} in a request")
+    if max(map(len, prompts)) > MAX_PROMPT:
+        raise RefusedRequest(413, f"a prompt of {max(map(len, prompts))} characters, at most {MAX_PROMPT}")
+    return decode_images(encoded), prompts, metadata
+
+
+def decode_images(encoded: list[str]) -> Tensor:
+    """uint8 [n, 3, H, W]"""
     images, pixels = [], 0
     for i, one in enumerate(encoded):
         try:
-            images.append(decode_image(one, MAX_REQUEST_PIXELS - pixels))
+            images.append(decode_image(one, f"image {i}", MAX_REQUEST_PIXELS - pixels))
         except ValueError as error:
-            raise RefusedRequest(400, f"image {i}: {error}") from error
+            raise RefusedRequest(400, _one_line(error)) from error
         pixels += images[-1][0].numel()
         if images[-1].shape != images[0].shape:
             raise RefusedRequest(400, f"image {i} is {_size(images[-1])}, image 0 is {_size(images[0])}: a request's "
                                       "images must be of one size")
-    return torch.stack(images), prompts, metadata
+    return torch.stack(images)
 
 
 def _size(image: Tensor) -> str:
@@ -298,6 +336,9 @@ class RewardServer(http.server.ThreadingHTTPServer):
         self.token = checked_key(config.token or os.environ.get(KEY_VARIABLE), f"token or {KEY_VARIABLE}")
         self.max_body, self.names = config.max_body_mb << 20, config.reward
         self.batcher: Batcher | None = None
+        self.heads: dict[socket.socket, float] = {}  # connections whose head is still arriving, and until when
+        self.slots = threading.BoundedSemaphore(MAX_CONNECTIONS)
+        self.room, self.lock = BODIES_IN_MEMORY * self.max_body, threading.Lock()
         super().__init__((config.host, config.port), Handler, bind_and_activate=False)
         try:
             self.server_bind()
@@ -311,6 +352,41 @@ class RewardServer(http.server.ThreadingHTTPServer):
 
     def server_bind(self):
         socketserver.TCPServer.server_bind(self)  # HTTPServer's own looks the host's name up, which can take a minute
+
+    @contextlib.contextmanager
+    def room_for(self, length: int):
+        """Takes `length` bytes of what all bodies together may hold; 503 where there are none left."""
+        with self.lock:
+            if length > self.room:
+                raise RefusedRequest(503, "busy: the requests under way take all the memory there is for them")
+            self.room -= length
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.room += length
+
+    def process_request(self, request, client_address):
+        if not self.slots.acquire(blocking=False):
+            log.warning("%d connections: one more was closed", MAX_CONNECTIONS)
+            self.shutdown_request(request)
+            return
+        super().process_request(request, client_address)
+
+    def process_request_thread(self, request, client_address):
+        try:
+            super().process_request_thread(request, client_address)
+        finally:
+            self.slots.release()
+
+    def service_actions(self):
+        """Called twice a second. Ends connections whose head comes a byte now and then: a socket's own timeout is one
+        of each single read. (Bodies are read in pieces, with a look at the clock.)"""
+        now = time.monotonic()
+        for connection, until in list(self.heads.items()):
+            if now > until:
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RD)  # its reader finds the end
 
     def handle_error(self, request, client_address):
         gone = isinstance(sys.exc_info()[1], OSError)  # a client that hung up or fell silent

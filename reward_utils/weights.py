@@ -8,15 +8,20 @@ torch.load with weights_only=True.
 """
 import pickle
 import re
+import struct
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import nn
 
+from dataset.files import refuse_compressed
 from reward_utils.settings import RewardSettings
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", re.ASCII)
+# What torch.load and safetensors are seen to raise on damaged or foreign files, beside their own errors.
+DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError, OverflowError,
+          AssertionError, struct.error)
 
 
 class Checkpoint(NamedTuple):
@@ -124,11 +129,12 @@ def load_state(path: Path, what: str) -> dict[str, torch.Tensor]:
     try:
         if path.suffix == ".safetensors":
             return load_file(path)
+        refuse_compressed(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path}: refused, it is damaged or holds more than tensors (nothing in it was run); wanted: "
                          f"{what}") from error
-    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+    except (SafetensorError, *DAMAGE) as error:
         raise ValueError(f"{path}: cannot be read as {what} ({' '.join(str(error).split())[:200]})") from error
     for key in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(key), dict):

@@ -1,16 +1,12 @@
 """Images as bytes for servers, and back: PNG keeps every pixel; JPEG of quality 75 is what the judges were made for."""
 import base64
 import io
-import struct
-import zlib
 
-import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, IndexError, struct.error, zlib.error,
-           Image.DecompressionBombError)  # what PIL raises for files that are none
+from dataset.images import read_image
 
 
 def png(image: Image.Image) -> bytes:
@@ -44,19 +40,11 @@ def _is_json(value) -> bool:
     return isinstance(value, (dict, str, int, float, bool, type(None)))
 
 
-def decode_image(encoded: str, max_pixels: int) -> Tensor:
-    """Base64 of a PNG or JPEG -> uint8 [3, H, W]; ValueError for anything else."""
+def decode_image(encoded: str, name: str, max_pixels: int) -> Tensor:
+    """Base64 of a PNG or JPEG -> uint8 [3, H, W]; ValueError, which begins with `name`, for anything else."""
     try:
         data = base64.b64decode(encoded, validate=True)
     except ValueError as error:
-        raise ValueError("not base64") from error
-    try:
-        with Image.open(io.BytesIO(data), formats=("PNG", "JPEG")) as image:
-            size, mode = image.size, image.mode
-            fits = size[0] * size[1] <= max_pixels  # asked before anything is unpacked
-            pixels = np.array(image.convert("RGB")) if fits and mode in ("RGB", "L") else None
-    except DAMAGED as error:
-        raise ValueError("not a readable PNG or JPEG") from error
-    if pixels is None:
-        raise ValueError(f"{size[0]}x{size[1]} pixels of mode {mode}; wanted: RGB or L, at most {max_pixels} pixels")
-    return torch.from_numpy(pixels).permute(2, 0, 1).contiguous()
+        raise ValueError(f"{name}: not base64") from error
+    pixels = read_image(io.BytesIO(data), name, max_pixels, formats=("PNG", "JPEG"), modes=("RGB", "L"))
+    return torch.from_numpy(pixels.copy()).permute(2, 0, 1).contiguous()

@@ -182,7 +182,7 @@ def test_weights_that_do_not_fit_the_dtype_are_not_saved(tmp_path):
 
 
 @pytest.mark.parametrize("manifest, message", [
-    ("{", "not readable JSON"), ("[]", "must hold a JSON object"), ("{}", "describes kind None"),
+    ("{", "not valid JSON"), ("[]", "must hold a JSON object"), ("{}", "describes kind None"),
     ({"kind": "gpt"}, "with its config"), ({"kind": "gpt", "config": {"dimm": 3}}, "dimm"),
     ({"kind": "gpt", "config": {"dim": 30, "n_head": 7}}, "must divide"),
 ])

@@ -107,11 +107,11 @@ def test_every_record_form(tmp_path):
 
 
 def test_reference_images_are_paths_from_the_files_folder(tmp_path):
-    records = [{"prompt": "a", "image": "coco/1.jpg"}, {"prompt": "b", "image": "/data/2.jpg", "category": "x"},
+    records = [{"prompt": "a", "image": "coco/1.jpg"}, {"prompt": "b", "image": "a/../2.jpg", "category": "x"},
                {"prompt": "c", "image": None}, {"prompt": "d", "image": ""},
                {"prompt": "e", "image": "5.png", "geneval_json": GENEVAL}]
     assert [c.metadata for c in load_prompts(write(tmp_path / "a.json", records))] == [
-        {"image": str(tmp_path / "coco/1.jpg")}, {"category": "x", "image": "/data/2.jpg"}, {}, {},
+        {"image": str(tmp_path / "coco/1.jpg")}, {"category": "x", "image": str(tmp_path / "a/../2.jpg")}, {}, {},
         {**GENEVAL, "image": str(tmp_path / "5.png")}]
 
 

@@ -240,7 +240,8 @@ GOOD = picture()
 
 
 @pytest.mark.parametrize("data, complaint", [
-    (b"", "not JSON"), (b"{", "not JSON"), (b"\xff\xfe", "not JSON"), (b"[" * 100000, "not JSON"), ([], "object of"),
+    (b"", "not valid JSON"), (b"{", "not valid JSON"), (b"\xff\xfe", "can't decode"), (b"[" * 100000, "not valid JSON"),
+    ([], "object of"),
     ({}, "object of"), ({"images": [GOOD]}, "object of"), ({"images": [GOOD], "prompts": ["a"], "x": 1}, "object of"),
     ({"images": GOOD, "prompts": ["a"]}, "images must be a list of strings"),
     ({"images": [1], "prompts": ["a"]}, "images must be a list of strings"),
@@ -252,11 +253,11 @@ GOOD = picture()
     ({"images": [GOOD], "prompts": ["a", "b"]}, "1 images, 2 prompts, 2 metadata records"),
     ({"images": [GOOD], "prompts": ["a"], "metadata": []}, "1 images, 1 prompts, 0 metadata records"),
     ({"images": ["?"], "prompts": ["a"]}, "image 0: not base64"), ({"images": ["ü"], "prompts": ["a"]}, "not base64"),
-    ({"images": [GOOD, ""], "prompts": ["a", "b"]}, "image 1: not a readable PNG or JPEG"),
-    ({"images": [GOOD[:60]], "prompts": ["a"]}, "not a readable PNG or JPEG"),
-    ({"images": [picture("GIF")], "prompts": ["a"]}, "not a readable PNG or JPEG"),
-    ({"images": [picture("EPS")], "prompts": ["a"]}, "not a readable PNG or JPEG"),
-    ({"images": [picture(mode="RGBA")], "prompts": ["a"]}, "24x16 pixels of mode RGBA; wanted: RGB or L"),
+    ({"images": [GOOD, ""], "prompts": ["a", "b"]}, "image 1: not a readable image, wanted PNG or JPEG"),
+    ({"images": [GOOD[:60]], "prompts": ["a"]}, "not a readable image, wanted PNG or JPEG"),
+    ({"images": [picture("GIF")], "prompts": ["a"]}, "not a readable image, wanted PNG or JPEG"),
+    ({"images": [picture("EPS")], "prompts": ["a"]}, "not a readable image, wanted PNG or JPEG"),
+    ({"images": [picture(mode="RGBA")], "prompts": ["a"]}, "image 0: pixels of mode RGBA, wanted"),
     ({"images": [GOOD, picture(size=(16, 24))], "prompts": ["a", "b"]}, "image 1 is 16x24, image 0 is 24x16"),
 ])
 def test_malformed_requests_are_told_what_is_wrong(shared, data, complaint):
@@ -294,7 +295,7 @@ def test_images_that_claim_too_much(shared, monkeypatch):
     monkeypatch.setattr(server_module, "MAX_REQUEST_PIXELS", 1000)  # one of 384 pixels fits, and a second, not a third
     assert ask(shared, {"images": [GOOD] * 2, "prompts": ["a"] * 2})[0] == 200
     status, answer = ask(shared, {"images": [GOOD] * 3, "prompts": ["a"] * 3})
-    assert status == 400 and "image 2: 24x16 pixels" in answer["error"] and "at most 232" in answer["error"]
+    assert status == 400 and "image 2: 24x16 pixels" in answer["error"] and "the 232 allowed" in answer["error"]
 
 
 def test_other_addresses_methods_and_lengths(shared):

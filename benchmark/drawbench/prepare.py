@@ -12,6 +12,7 @@ import json
 import sys
 from pathlib import Path
 
+from dataset.files import read_text
 from models.config import one_line_errors
 from models.run_folder import atomic_write_text
 
@@ -20,12 +21,7 @@ COLUMNS = ("Prompts", "Category")
 
 def read_drawbench(path: Path) -> list[tuple[str, str]]:
     """(prompt, category) of every row; ValueError names the file and the line that cannot be understood."""
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not UTF-8 text") from None
-    except OSError as error:
-        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    text = read_text(path)
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     rows = []
     try:

@@ -22,6 +22,7 @@ from tqdm import tqdm
 from benchmark.evaluation_report import write_report
 from benchmark.geneval.summary import format_summary, summarize
 from dataset import shapes
+from dataset.files import parse_json, read_text
 from dataset.images import read_image
 from models import distributed
 from models.config import one_line_errors, parse_args
@@ -72,11 +73,9 @@ def _number(path: Path) -> tuple[int, str]:
 def read_record(path: Path, detector: str) -> dict:
     """The record of a prompt, checked against the detector's classes."""
     try:
-        record = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise ValueError(f"{path}: cannot be read ({error.strerror}); each prompt's folder needs its record") from None
-    except ValueError as error:  # not JSON, or not text
-        raise ValueError(f"{path} is not one JSON record ({error})") from None
+        record = parse_json(read_text(path), str(path))
+    except ValueError as error:
+        raise ValueError(f"{error}; each prompt's folder needs its one JSON record") from None
     if not isinstance(record, dict):
         raise ValueError(f"{path} is not a JSON object but a {type(record).__name__}")
     problem = record_problem(record, CLASS_NAMES[detector])

@@ -2,12 +2,12 @@
 
     python -m benchmark.geneval.summary IMAGES_DIR/results.jsonl
 """
-import json
 import sys
 from pathlib import Path
 
 import numpy as np
 
+from dataset.files import parse_json, read_text
 from models.config import one_line_errors
 
 COUNTED = ("tag", "correct", "metadata")  # of a line's fields
@@ -16,11 +16,11 @@ COUNTED = ("tag", "correct", "metadata")  # of a line's fields
 def read_results(path: Path) -> list[dict]:
     """One dict per image; ValueError names the line that is none."""
     rows = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read_text(path).splitlines(), 1):
         try:
-            row = json.loads(line)
+            row = parse_json(line, f"{path} line {number}", by_line=False)
         except ValueError as error:
-            raise ValueError(f"{path} line {number} is not valid JSON ({error}): evaluate the images again") from None
+            raise ValueError(f"{error}: evaluate the images again") from None
         if not isinstance(row, dict) or any(key not in row for key in COUNTED) or row["correct"] not in (True, False):
             raise ValueError(f"{path} line {number} is no result of an image: it needs {', '.join(COUNTED)}")
         rows.append(row)
