@@ -406,7 +406,8 @@ def test_two_processes_find_what_one_finds(tmp_path, weights):
     assert_same_numbers(together, alone)
     assert together["warnings"] == alone["warnings"] and together["protocol"] == alone["protocol"]
     assert together["bootstrap"]["fid"] == pytest.approx(alone["bootstrap"]["fid"], rel=1e-4)
-    assert np.allclose(np.load(tmp_path / "stats.npz")["sigma"], stats["sigma"], rtol=1e-6, atol=1e-9)
+    sigma = stats["sigma"]  # of float32 features, whose last bits depend on the batch
+    assert np.allclose(np.load(tmp_path / "stats.npz")["sigma"], sigma, rtol=1e-5, atol=1e-6 * np.abs(sigma).max())
     assert done.stdout.count("Inception Score ") == 1
 
 
