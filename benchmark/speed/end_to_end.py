@@ -136,21 +136,26 @@ def step(trainer: GRPOTrainer, number: int, metrics: Metrics) -> None:
             trainer.update(minibatch, number, metrics)
 
 
-def measure(job: Job, device: torch.device, rounds: int, between: Callable[[], object] = lambda: None) -> StepCosts:
-    """One step is watched, after an update that makes the optimizer's state; then `rounds` are timed, and `between` is
-    called before each."""
+def watched(job: Job, device: torch.device) -> tuple[GRPOTrainer, dict[str, int]]:
+    """(the trainer after two steps, peak bytes of the second by phase): the first makes the optimizer's state."""
     with Meter() if device.type == "cpu" else nullcontext() as meter:
         trainer = trainer_of(job, device)
         step(trainer, 0, Metrics(device))
-        watched = WatchedMetrics(device, meter)
-        step(trainer, 1, watched)
+        metrics = WatchedMetrics(device, meter)
+        step(trainer, 1, metrics)
+    return trainer, by_phase(metrics.peaks)
+
+
+def measure(job: Job, device: torch.device, rounds: int, between: Callable[[], object] = lambda: None) -> StepCosts:
+    """A step is watched for its memory, then `rounds` are timed; `between` is called before each."""
+    trainer, peaks = watched(job, device)
     timed = []
     for i in range(rounds):
         between()
         timed.append(Metrics(device))
         step(trainer, 2 + i, timed[-1])
     fastest = min(timed, key=lambda metrics: sum(metrics.seconds.values()))
-    return StepCosts(by_phase(fastest.seconds), by_phase(watched.peaks), fastest.maxima["logp_gap_max"].item())
+    return StepCosts(by_phase(fastest.seconds), peaks, fastest.maxima["logp_gap_max"].item())
 
 
 def by_phase(numbers: dict) -> dict:

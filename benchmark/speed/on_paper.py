@@ -5,7 +5,8 @@ attention and autocast there keep what they keep on a GPU, except that a GPU's h
 
 Shapes: n images of a pass.
 """
-from dataclasses import dataclass, replace
+import functools
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -22,6 +23,8 @@ from models.optimizer import build_optimizer
 from models.policy import Policy, Scorer
 from models.vq import VQConfig, VQModel
 
+F32 = torch.float32
+
 
 @dataclass(frozen=True)
 class Job:
@@ -31,7 +34,7 @@ class Job:
     vq: VQConfig
     grpo: GRPOConfig
     sampling: SamplingConfig = SamplingConfig()
-    lora: LoRAConfig = LoRAConfig()
+    lora: LoRAConfig = field(default=LoRAConfig(), hash=False)  # it holds a list
     gradient_checkpointing: bool = False
     autocast_dtype: torch.dtype | None = None
     rollout_dtype: torch.dtype = torch.float32
@@ -84,6 +87,7 @@ class Weights(NamedTuple):
         return self.matrices + self.outside
 
 
+@functools.cache
 def weights_of(job: Job) -> Weights:
     with FakeTensorMode():
         parameters = list(fake_gpt(job).named_parameters())
@@ -92,6 +96,7 @@ def weights_of(job: Job) -> Weights:
     return Weights(blocks, sum(p.numel() for _, p in parameters) - blocks, sum(trained), max(trained))
 
 
+@functools.cache
 def update_cost(job: Job, num_images: int, micro_batches: int) -> Cost:
     """Forward and backward passes of `micro_batches` of num_images each, one after the other, gradients included; with
     sharding, gradients leave a process as they are made."""
@@ -113,11 +118,12 @@ def update_cost(job: Job, num_images: int, micro_batches: int) -> Cost:
     return Cost(meter.peak, meter.live, meter.made)
 
 
+@functools.cache
 def optimizer_cost(job: Job) -> Cost:
     """A later step, whose moments exist; `stays` are the moments."""
     grpo = job.grpo
     with FakeTensorMode():
-        parameters = [p for p in fake_gpt(job).parameters() if p.requires_grad]
+        parameters = [p for p in fake_gpt(job, F32).parameters() if p.requires_grad]
         for p in parameters:
             p.grad = torch.zeros_like(p)
         optimizer = build_optimizer(grpo.optimizer, parameters, grpo.learning_rate, grpo.adam_beta2, grpo.weight_decay)
@@ -129,21 +135,23 @@ def optimizer_cost(job: Job) -> Cost:
     return Cost(meter.peak - state, state, meter.made - made)
 
 
+@functools.cache
 def reference_cost(job: Job, num_images: int) -> tuple[int, Cost]:
     """(bytes of the reference's own weights, a pass of num_images)."""
     kind, grpo = reference_kind(job), job.grpo
     if not grpo.beta:
         return 0, Cost(0, 0, 0)
     with FakeTensorMode():
-        # with its adapters off, an adapted model is a plain one
-        gpt = fake_gpt(replace(job, lora=LoRAConfig()), torch.bfloat16 if kind == "bf16" else None)
+        plain = replace(job, lora=LoRAConfig())  # what an adapted model is with its adapters off
+        size = 0 if kind == "lora_base" else size_of(fake_gpt(plain, torch.bfloat16 if kind == "bf16" else F32))
+        gpt = fake_gpt(plain, torch.bfloat16 if kind == "bf16" else None)
         dtype = torch.bfloat16 if kind == "bf16" else job.autocast_dtype
         policy = Policy(gpt, None, job.sampling, autocast_dtype=dtype)
         scorer = policy.scorer(grpo.guidance_logprob, grpo.head_chunk_tokens).requires_grad_(False)
         condition, tokens, mask = scorer_inputs(job, num_images)
         with Meter() as meter:
             policy.score(scorer, condition, tokens, mask, num_images)
-    return 0 if kind == "lora_base" else size_of(gpt), Cost(meter.peak, meter.live, meter.made)
+    return size, Cost(meter.peak, meter.live, meter.made)
 
 
 def reference_kind(job: Job) -> str:
@@ -151,6 +159,7 @@ def reference_kind(job: Job) -> str:
     return job.grpo.reference if job.grpo.reference != "auto" else "lora_base" if job.lora.lora_rank else "float32"
 
 
+@functools.cache
 def decode_cost(job: Job, num_images: int) -> tuple[int, Cost, float]:
     """(bytes of the tokenizer, decoding num_images at once, its FLOPs)."""
     with FakeTensorMode():
@@ -168,7 +177,7 @@ def size_of(module: nn.Module) -> int:
 
 
 def fake_gpt(job: Job, matrices: torch.dtype | None = None) -> GPT:
-    """matrices: dtype of the blocks' matrices, float32 by default; as gathered, in the dtype of the products."""
+    """matrices: dtype of the blocks' matrices; None: float32, or of the products where sharded ones are gathered."""
     gpt = GPT(job.gpt).eval()
     gpt.gradient_checkpointing = job.gradient_checkpointing
     add_adapters(gpt, job.lora)

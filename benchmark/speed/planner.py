@@ -49,7 +49,7 @@ class Shares(NamedTuple):
     optimizer: dict[str, float]  # bytes per parameter that a copy would have moved meanwhile
 
 
-SHARES = {"cpu": Shares(0.5, 0.92, 1.08, 0.5, {"adamw": 80.0, "adamw_fused": 40.0, "adamw_8bit": 400.0}),
+SHARES = {"cpu": Shares(0.5, 0.92, 1.08, 0.5, {"adamw": 80.0, "adamw_fused": 40.0, "adamw_8bit": 3200.0}),
           "cuda": Shares(0.5, 0.6, 0.5, 0.33, {"adamw": 50.0, "adamw_fused": 28.0, "adamw_8bit": 200.0})}
 
 # The makers' data sheets: dense bf16, float32 without TF32, memory of the SXM card. Between machines: 400 Gbit/s a GPU.
@@ -151,6 +151,8 @@ def rollout_parts(job: Job, machine: Machine, weights: on_paper.Weights, standin
              "logits": num_images * gpt.vocab_size * (48 if on_gpu else 20)}
     if job.rollout_dtype == BF16 and job.shard_group == 1:
         parts["autocast's copies"] = 2 * weights.matrices  # of weights with gradients, until sampling ends
+    if job.lora.lora_rank:
+        parts["merged block"] = 4 * weights.matrices / gpt.n_layer
     if job.shard_group > 1:
         parts["gathered block"] = PREFETCHED * itemsize * weights.matrices / gpt.n_layer
     return parts, num_images
