@@ -79,7 +79,10 @@ def read_metrics(folder: Path) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    data = parse_json(read_text(path), str(path))
+    try:
+        data = parse_json(read_text(path), path.name)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a JSON mapping: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a JSON mapping")
     return data

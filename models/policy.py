@@ -147,7 +147,7 @@ class Policy:
         rows = torch.arange(len(condition) * num_generations).view(len(condition), num_generations)
         seeds = torch.randint(2 ** 62, (rows.numel(),)).tolist() if seeds is None else seeds
         parts = []
-        # No cache: prefill, the one pass here, uses each weight once, and copies of all of them would stay till the end.
+        # No cache: prefill, the one pass here, uses each weight once, and copies of all would stay till the end.
         with torch.autocast(self.device.type, dtype=dtype, enabled=dtype != torch.float32, cache_enabled=False):
             limit = self.engine.limit(self.gpt, self.sampling, rows.numel())
             for prompts, members in row_batches(*rows.shape, limit):

@@ -233,7 +233,7 @@ def checkpoint_damage(folder: Path) -> str | None:
             if _sha256(inside(folder, name, CHECKSUMS)) != expected:
                 return f"{name} has changed since it was written"
     except OSError as error:
-        return f"{Path(error.filename or CHECKSUMS).name}: {error.strerror}"
+        return f"{Path(error.filename or folder / CHECKSUMS).relative_to(folder)}: {error.strerror}"
     except (ValueError, AttributeError):  # not JSON, not text, or not a mapping
         return f"{CHECKSUMS} is unreadable"
     return None

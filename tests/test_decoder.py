@@ -211,7 +211,7 @@ def fake_cuda_graphs(monkeypatch, buffers, replay):
             return "pool"
 
     @contextmanager
-    def graph(recorded, pool):
+    def graph(recorded, pool, capture_error_mode):
         captured.append((recorded, pool))
         before = [buffer.clone() for buffer in buffers]
         yield
@@ -264,7 +264,7 @@ def test_a_failed_capture_is_told_and_decoding_goes_on(monkeypatch, caplog):
     steps = StepGraphs(enabled=True)
 
     @contextmanager
-    def graph(recorded, pool):
+    def graph(recorded, pool, capture_error_mode):
         raise RuntimeError("operation not permitted when stream is capturing")
         yield
 

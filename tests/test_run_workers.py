@@ -84,14 +84,15 @@ with one_line_errors(), distributed.translated_errors():
 DIES_ONCE = PRELUDE + """
 import train_c2i
 from models import distributed
-save = train_c2i.GRPOTrainer.save
+from models.training_state import Checkpoints
+save = Checkpoints.save
 
-def save_and_die(trainer, step):
-    save(trainer, step)
+def save_and_die(checkpoints, step):
+    save(checkpoints, step)
     if step == 1 and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
-train_c2i.GRPOTrainer.save = save_and_die
+Checkpoints.save = save_and_die
 with one_line_errors(), distributed.translated_errors():
     train_c2i.main()
 """

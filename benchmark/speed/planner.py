@@ -145,16 +145,14 @@ def rollout_parts(job: Job, machine: Machine, weights: on_paper.Weights, standin
     head = gpt.vocab_size * gpt.dim
     length = gpt.cls_token_num + gpt.block_size - 1
     length = -(-length // BUCKET_ON_GPU) * BUCKET_ON_GPU if on_gpu else length
-    row = 2 * gpt.n_layer * gpt.kv_heads * (gpt.dim // gpt.n_head) * length * itemsize
+    row = 2 * gpt.n_layer * gpt.kv_heads * (gpt.dim // gpt.n_head) * length * (itemsize if on_gpu else 4)
     parts = {"prepared weights": weights.matrices * itemsize + head * (itemsize + 4 if on_gpu else 4),
              "cache": job.halves * num_images * row,
              "logits": num_images * gpt.vocab_size * (48 if on_gpu else 20)}
-    if job.rollout_dtype == BF16 and job.shard_group == 1:
-        parts["autocast's copies"] = 2 * weights.matrices  # of weights with gradients, until sampling ends
     if job.lora.lora_rank:
         parts["merged block"] = 4 * weights.matrices / gpt.n_layer
-    if job.shard_group > 1:
-        parts["gathered block"] = PREFETCHED * itemsize * weights.matrices / gpt.n_layer
+    if job.shard_group > 1:  # models.distributed.gathered: all of them, from the rollout's begin to its end
+        parts["gathered weights"] = (job.autocast_dtype or F32).itemsize * weights.matrices + 4 * weights.outside
     return parts, num_images
 
 
