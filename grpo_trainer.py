@@ -13,6 +13,7 @@ Shapes: P prompts per process and step, G generations per prompt, N = P G images
 import logging
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -23,7 +24,7 @@ from tqdm import tqdm
 
 from dataset.sampler import PromptSampler, row_seeds, shard
 from models import distributed, evaluation, memory
-from models.guards import Interruption, TrainingStopped, divergence
+from models.guards import Interruption, TrainingStopped, divergence  # TrainingStopped: for those who call `train`
 from models.optimizer import build_optimizer, learning_rate
 from models.reference import Reference, distribute
 from models.report import write_report
@@ -229,10 +230,10 @@ class GRPOTrainer:
         self.device, self.rank, self.world_size = policy.device, distributed.rank(), distributed.world_size()
         # eval(): dropout would make the scored policy another one than the sampled one.
         self.scorer = policy.scorer(config.guidance_logprob, config.head_chunk_tokens).eval()
-        self.reference = Reference(self.scorer, config.reference) if config.beta else None
+        self.reference = Reference(self.scorer, config.reference, config.sharding) if config.beta else None
         self.model = distribute(policy, self.scorer, config.sharding)
         if self.reference:
-            self.reference.shard(policy, config.sharding)
+            self.reference.shard(policy)
         self.parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(config.optimizer, self.parameters, config.learning_rate, config.adam_beta2,
                                          config.weight_decay)
@@ -271,25 +272,30 @@ class GRPOTrainer:
                     numbers.update(self.evaluate(step))
                 self.log(step, numbers)
                 if step % config.save_steps == 0 or step == config.exit_step:
-                    state.save(step)
+                    state.save(step, last=step == config.exit_step)
             self.finish(step, interruption)
 
     def finish(self, step: int, interruption: Interruption) -> None:
         """The end of the run, or its end for now: a signal leaves a checkpoint and its own exit code."""
         number = int(distributed.reduce(interruption.received, "max", self.device))
         if number and step < self.config.exit_step:
-            if step % self.config.save_steps:  # else it was saved at the step's end
-                self.checkpoints.save(step)
-            self.checkpoints.finish(last=True)
-            self.checkpoints.event("interrupted", step=step, signal=number)
-            logger.warning("signal %d: stopped after step %d, the same command resumes", number, step)
-            raise SystemExit(128 + number)
-        self.checkpoints.finish(last=True)
+            self.checkpoints.interrupt(step, number)
         if self.run:
-            write_report(self.run.path)
+            try:
+                write_report(self.run.path)
+            except (OSError, ValueError) as error:  # the run itself is safe
+                logger.warning("no report (%s); make it with python -m models.report %s", error, self.run.path)
         distributed.barrier()
 
     # -------------------------------------------------------------------------------------------- one step
+
+    @contextmanager
+    def whole_weights(self):
+        """What rollouts need; with sharding nothing else may hold them, the engine's copies neither."""
+        with distributed.gathered(self.model):
+            yield
+        if self.config.sharding != "none":
+            self.policy.engine.release()
 
     def rollout(self, step: int, metrics: distributed.Metrics) -> Rollout:
         """Samples G images for each of this process's prompts, scores them, and compares each group's members."""
@@ -299,11 +305,9 @@ class GRPOTrainer:
         chosen = self.sampler.after(self.checkpoints.position, num_prompts)
         conditions = [self.conditions[chosen[position]] for position in positions]
         seeds = row_seeds(config.data_seed + NEW_SEED * self.checkpoints.attempt, step, positions, group)
-        with distributed.gathered(self.model):  # once, however many parts the rollout has
+        with self.whole_weights():  # gathered once, however many parts the rollout has
             samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set,
                                                    config.rollout_batch_size, metrics.timed)
-        if config.sharding != "none":
-            self.policy.engine.release()  # whole weights, which only a rollout may hold
 
         with metrics.timed("seconds/reference"):
             rows = torch.arange(len(conditions), device=self.device).repeat_interleave(group)
@@ -342,7 +346,7 @@ class GRPOTrainer:
                 gaps.append(logps.detach() - micro.old_logps)
                 metrics.add({"entropy": entropies.mean()}, weight=len(micro))
                 metrics.add({"loss": loss.detach(), **parts}, weight=valid)
-            self.check_sampler_agrees(torch.cat(gaps), metrics)
+            self.check_sampler_agrees(torch.cat(gaps), step, metrics)
             self.apply_gradient(step, metrics)
 
     def loss(self, micro: Rollout) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
@@ -358,24 +362,24 @@ class GRPOTrainer:
         """Rows of one forward and backward pass; "auto" is measured once, by passes over a row or two."""
         if self.micro_batch_size == "auto":
             def work(rows: int) -> None:
-                with distributed.no_sync(self.model, skip=True):
+                with distributed.no_sync(self.model, skip=False):  # else "hybrid" would keep the sums for the update
                     self.loss(next(minibatch.split(rows)))[2].backward()
-            moments = 0 if self.optimizer.state else 2 * sum(p.nbytes for p in self.parameters)  # come with a step
+            moments = 0 if self.optimizer.state else 2 * sum(map(distributed.local_bytes, self.parameters))  # to come
             fitting = memory.measured_rows(work, len(minibatch), self.device, moments)
             self.micro_batch_size = int(distributed.reduce(fitting, "min", self.device))  # as many passes on each
             self.optimizer.zero_grad()
             logger.info("--micro_batch_size auto: %d of %d rows at a time", self.micro_batch_size, len(minibatch))
         return self.micro_batch_size
 
-    def check_sampler_agrees(self, gaps: Tensor, metrics: distributed.Metrics) -> None:
+    def check_sampler_agrees(self, gaps: Tensor, step: int, metrics: distributed.Metrics) -> None:
         """The parity gate: before a rollout's first update, sampler and trainer must hold the same policy."""
         if "logp_gap_mean" in metrics:  # checked already, or `conditional`, which scores another distribution
             return
         largest = distributed.reduce(log_gap(gaps, metrics), "max", self.device)
         if largest > self.config.max_logp_gap:
-            raise TrainingStopped(
+            self.checkpoints.stop("logp_gap", step + 1, (
                 f"the sampler's and the trainer's log-probabilities differ by up to {largest:.3g} nats, above "
-                f"--max_logp_gap {self.config.max_logp_gap}: they disagree on the policy (other precision or kernels?)")
+                f"--max_logp_gap {self.config.max_logp_gap}: they disagree on the policy (precision or kernels?)"))
 
     def apply_gradient(self, step: int, metrics: distributed.Metrics) -> None:
         config = self.config
@@ -399,7 +403,7 @@ class GRPOTrainer:
             return {}
         (conditions, reward_set), group = self.eval_set, self.config.eval_generations
         seeds = row_seeds(self.config.data_seed, EVAL_STEP, evaluation.own_positions(len(conditions)), group)
-        with distributed.gathered(self.model):
+        with self.whole_weights():
             numbers, images, scores = evaluation.evaluate(self.policy, reward_set, conditions, seeds, group,
                                                           self.config.rollout_batch_size, step)
         asked = [condition for condition in conditions for _ in range(group)]
@@ -426,12 +430,10 @@ class GRPOTrainer:
         if told := distributed.failure_report(by_name, failures):
             logger.warning("step %d: %s", step, told)
         if failed > self.config.max_reward_failures:
-            self.checkpoints.save(step)
-            self.checkpoints.finish(last=True)
-            self.checkpoints.event("reward_failures", step=step, reason=told, action="stop")
-            raise TrainingStopped(f"step {step}: {failed:.0%} of the images have no reward, above "
-                                  f"--max_reward_failures {self.config.max_reward_failures}: {told}; "
-                                  f"saved checkpoint-{step}")
+            self.checkpoints.save(step, last=True)
+            self.checkpoints.stop("reward_failures", step, (
+                f"step {step}: {failed:.0%} of the images have no reward, above --max_reward_failures "
+                f"{self.config.max_reward_failures}: {told}; saved checkpoint-{step}"))
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         if self.run:

@@ -4,6 +4,7 @@ Works plainly without torchrun (world size 1, no process group). Parameters are 
 ZeRO of arXiv 1910.02054), training states go to the disk in shards that any other number of processes reads back.
 """
 import ctypes
+import inspect
 import os
 import re
 import signal
@@ -25,7 +26,7 @@ from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionP
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-SHARDINGS = ("none", "full", "hybrid")
+_timeout = timedelta(seconds=1800)  # of every group, as `setup` was told
 
 
 def setup(timeout_sec: float = 1800.0) -> torch.device:
@@ -41,8 +42,10 @@ def setup(timeout_sec: float = 1800.0) -> torch.device:
         device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     if int(os.environ.get("WORLD_SIZE", 1)) > 1 and not dist.is_initialized():
+        global _timeout
+        _timeout = timedelta(seconds=timeout_sec)
         on_gpu = device.type == "cuda"  # gloo is there too: objects, and checkpoints written in the background
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=timedelta(seconds=timeout_sec),
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpu else "gloo", timeout=_timeout,
                                 device_id=device if on_gpu else None)  # else nccl guesses it at the first barrier
     return device
 
@@ -163,8 +166,10 @@ def replicate(module: nn.Module) -> nn.Module:
     if not dist.is_initialized():
         return module
     device_ids = [torch.cuda.current_device()] if next(module.parameters()).is_cuda else None
-    return DistributedDataParallel(module, device_ids=device_ids, broadcast_buffers=False,
-                                   gradient_as_bucket_view=True)  # else each gradient exists twice
+    # torch 2.14 has renamed the option: buffers (rope, the null caption) never change.
+    names = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = {"forward_sync_buffers" if "forward_sync_buffers" in names else "broadcast_buffers": False}
+    return DistributedDataParallel(module, device_ids=device_ids, gradient_as_bucket_view=True, **buffers)  # one copy
 
 
 def no_sync(module: nn.Module, skip: bool):
@@ -186,11 +191,13 @@ def device_mesh(sharding: str, kind: str) -> DeviceMesh:
     """full: every rank holds a slice; hybrid: the ranks of a machine do, and machines hold copies."""
     if sharding == "full":
         return init_device_mesh(kind, (world_size(),))
-    local = int(os.environ.get("LOCAL_WORLD_SIZE", world_size()))
-    if world_size() % local:
-        raise ValueError(f"--sharding hybrid needs as many processes on every machine: {world_size()} in all, {local} "
-                         "here")
-    return init_device_mesh(kind, (world_size() // local, local), mesh_dim_names=("replicate", "shard"))
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", 0))
+    if not local or world_size() % local:
+        raise ValueError(f"--sharding hybrid needs as many processes on every machine: {world_size()} in all, "
+                         f"LOCAL_WORLD_SIZE (torchrun sets it) says {local or 'nothing'}")
+    ranks = torch.arange(world_size()).view(-1, local)  # a machine's in a row
+    groups = [dist.new_subgroups_by_enumeration(rows.tolist(), timeout=_timeout)[0] for rows in (ranks.T, ranks)]
+    return DeviceMesh.from_group(groups, kind, mesh=ranks, mesh_dim_names=("replicate", "shard"))
 
 
 def shard(module: nn.Module, parts: Iterable[list[nn.Module]], sharding: str, dtype: torch.dtype | None = None,
@@ -232,6 +239,11 @@ def release(module: nn.Module) -> None:
         module.reshard()
 
 
+def local_bytes(tensor: Tensor) -> int:
+    """Of this rank's slice."""
+    return (tensor.to_local() if isinstance(tensor, DTensor) else tensor).nbytes
+
+
 def whole(tensor: Tensor) -> Tensor:
     """A slice's tensor from all ranks, on all ranks; others as they are."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
@@ -251,7 +263,7 @@ def assign(target: Tensor, value: Tensor) -> None:
 @lru_cache
 def background_group():
     """Ranks of its own for the thread that writes checkpoints: its messages must not mix with training's."""
-    return dist.new_group(backend="gloo") if dist.is_initialized() else None
+    return dist.new_group(backend="gloo", timeout=_timeout) if dist.is_initialized() else None
 
 
 def quiet() -> None:
@@ -271,7 +283,9 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> Callable[[], None]:
             writing.result()
         except dcp.api.CheckpointException as error:
             where, (cause, _) = next(iter(error.failures.items()))
-            raise OSError(f"process {where}: {cause}") from None
+            if isinstance(cause, OSError):
+                raise OSError(cause.errno, f"process {where}: {cause.strerror or cause}") from None
+            raise
 
     return wait
 

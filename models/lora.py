@@ -123,16 +123,19 @@ def base_alone(model: nn.Module):
 
 
 @torch.no_grad()
-def merged_state(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> dict[str, Tensor]:
-    """The state dict with plain keys, adapters merged: without adapters the model's own. whole: what makes a tensor
-    of a sharded one."""
+def merged_items(model: nn.Module, whole: Callable[[Tensor], Tensor] = lambda tensor: tensor,
+                 ) -> Iterator[tuple[str, Tensor]]:
+    """(name, tensor) of the state dict with plain keys, adapters merged; whole: what makes a tensor of a sharded one.
+    One by one, since all whole tensors of a sharded model may not fit."""
     adapters = dict(adapted(model))
-    state = {}
     for name, tensor in model.state_dict().items():
         owner, _, part = name.rpartition(".")
         if owner not in adapters:
-            state[name] = whole(tensor)
+            yield name, whole(tensor)
         elif part == "base":
             module = adapters[owner]
-            state[f"{owner}.weight"] = merged(*map(whole, (module.base, module.lora_a, module.lora_b)), module.scale)
-    return state
+            yield f"{owner}.weight", merged(*map(whole, (module.base, module.lora_a, module.lora_b)), module.scale)
+
+
+def merged_state(model: nn.Module) -> dict[str, Tensor]:
+    return dict(merged_items(model))

@@ -116,6 +116,7 @@ class Policy:
     rollout_dtype: torch.dtype | None = None  # of the sampler's matrix products; None: `default_rollout_dtype`
     vq_dtype: torch.dtype = torch.float32  # of the decoding to images
     engine: Engine = field(default_factory=Engine, repr=False)
+    beside: Beside | None = field(default=None, repr=False)  # scores rollout batches beside the next ones
 
     @property
     def device(self) -> torch.device:
@@ -182,7 +183,9 @@ class Policy:
         per_batch = max(1, batch_size // group) if batch_size else len(conditions)
         overlapping = self.device.type == "cuda" and len(conditions) > per_batch
         clock = untimed if overlapping else timed  # the device's queue, which a clock awaits, is the next rollout's too
-        beside = Beside(self.device, overlapping)
+        if overlapping and self.beside is None:
+            self.beside = Beside(self.device, enabled=True)  # kept: memory is cached by stream
+        beside = self.beside if overlapping else Beside(self.device, enabled=False)
         with timed("seconds/encode"):
             encoded = self.encode(conditions)
         generations, scored = [], []

@@ -25,8 +25,8 @@ KINDS = ("auto", "float32", "bf16", "cpu", "lora_base")
 
 
 class Reference:
-    def __init__(self, scorer: Scorer, kind: str = "auto"):
-        """Made before the first update; `scorer` is copied, or borrowed with its adapters off."""
+    def __init__(self, scorer: Scorer, kind: str = "auto", sharding: str = "none"):
+        """Made before the first update and before sharding; `scorer` is copied, or borrowed with its adapters off."""
         if kind not in KINDS:
             raise ValueError(f"reference must be one of {', '.join(KINDS)}, got {kind!r}")
         has_adapters = any(adapted(scorer))
@@ -42,7 +42,8 @@ class Reference:
             for module in self.scorer.gpt.layers.modules():
                 if isinstance(module, nn.Linear):
                     module.to(torch.bfloat16)
-        if self.kind == "cpu":
+        self.sharding = sharding if distributed.world_size() > 1 else "none"
+        if self.kind == "cpu" and self.sharding == "none":
             self.scorer.cpu()
             for tensor in tensors_of(self.scorer) if self.device.type == "cuda" else ():
                 tensor.data = tensor.data.pin_memory()  # twice as fast to copy
@@ -56,19 +57,17 @@ class Reference:
     def rounding(self, policy: Policy) -> Policy:
         return replace(policy, autocast_dtype=torch.bfloat16) if self.kind == "bf16" else policy
 
-    def shard(self, policy: Policy, sharding: str) -> None:
+    def shard(self, policy: Policy) -> None:
         """Leaves each process its slice; what is borrowed is its owner's to shard."""
-        if self.kind == "lora_base" or sharding == "none" or distributed.world_size() == 1:
-            return
-        offload, self.kind = self.kind == "cpu", "float32" if self.kind == "cpu" else self.kind
-        shard_scorer(self.rounding(policy), self.scorer.to(self.device), sharding, offload)
+        if self.kind != "lora_base" and self.sharding != "none":
+            shard_scorer(self.rounding(policy), self.scorer, self.sharding, offload=self.kind == "cpu")
 
     @contextmanager
     def ready(self):
         if self.kind == "lora_base":
             with base_alone(self.scorer):
                 yield
-        elif self.kind == "cpu":
+        elif self.kind == "cpu" and self.sharding == "none":
             waiting = [tensor.data for tensor in tensors_of(self.scorer)]
             self.scorer.to(self.device)
             try:
@@ -91,9 +90,10 @@ def distribute(policy: Policy, scorer: Scorer, sharding: str) -> nn.Module:
 
 def shard_scorer(policy: Policy, scorer: Scorer, sharding: str, offload: bool = False) -> None:
     """A block's matrices are gathered for its passes, in the dtype of the matrix products; its norms, the embeddings
-    and the head, which work in float32, with the whole."""
+    and the head, which work in float32, with the whole. So do adapters: in bf16 their small share would be lost."""
     parts = [[block.attention, block.feed_forward] for block in scorer.gpt.layers]
-    distributed.shard(scorer, parts, sharding, policy.autocast_dtype, offload)
+    dtype = None if any(adapted(scorer)) else policy.autocast_dtype
+    distributed.shard(scorer, parts, sharding, dtype, offload)
     null = scorer.gpt.null_condition(1)
     # FSDP takes the module that runs first for the whole: it must be the scorer, not a block in a rollout.
     policy.score(scorer, null, torch.zeros(1, 2, dtype=torch.long, device=null.device), None, 1)

@@ -6,6 +6,7 @@ damaged one is named and passed over. Leaves out: what a checkpoint contains (th
 process (rank 0) owns the folder.
 """
 
+import contextlib
 import hashlib
 import importlib.util
 import io
@@ -95,7 +96,8 @@ class RunFolder:
         """Forgets what was logged after `step` (-1: everything): a killed run logs further than its checkpoint."""
         self.close()
         self._first_step = step + 1
-        path = self.path / "metrics.jsonl"
+        path, waiting = self.path / "metrics.jsonl", self._waiting.get("metrics.jsonl", [])
+        waiting[:] = [line for line in waiting if (_step_of_line(line) or 0) <= step]
         if not path.exists():
             return
         lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
@@ -103,7 +105,10 @@ class RunFolder:
         if None in steps:
             logger.warning("%s: dropping unreadable lines (a kill in the middle of a write leaves one)", path)
         kept = [line + "\n" for line, number in zip(lines, steps) if number is not None and number <= step]
-        atomic_write_text(path, "".join(kept))
+        try:
+            atomic_write_text(path, "".join(kept))
+        except OSError as error:  # readers take the later of two lines of a step
+            logger.warning("%s keeps lines of steps that are done again (%s)", path, error.strerror)
 
     def save_checkpoint(self, step: int, write: Callable[[Path], None], total_limit: int | None = None) -> Path:
         """`write(folder)` fills a temporary folder, which becomes checkpoint-STEP once all of it is on the disk.
@@ -135,14 +140,31 @@ class RunFolder:
         for temporary in self.path.glob(f"{_TEMPORARY}checkpoint-*"):
             shutil.rmtree(temporary, ignore_errors=True)
 
-    def latest_checkpoint(self) -> tuple[Path, int] | None:
-        """The newest checkpoint whose checksums hold, and its step."""
+    def latest_checkpoint(self, before: int | None = None) -> tuple[Path, int] | None:
+        """The newest checkpoint whose checksums hold, and its step; of the steps below `before`."""
         for step, folder in sorted(self._checkpoints().items(), reverse=True):
+            if before is not None and step >= before:
+                continue
             damage = checkpoint_damage(folder)
             if damage is None:
                 return folder, step
             logger.warning("checkpoint %s is damaged (%s): using the one before it, if there is any", folder, damage)
         return None
+
+    def discard_after(self, step: int) -> None:
+        """Deletes the checkpoints of later steps: a run that went back must not resume from them."""
+        for later, folder in self._checkpoints().items():
+            if later > step:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def attempt_from(self, step: int) -> int:
+        """How often the run has gone back, by its last return to `step`; 0: never to there."""
+        path, attempt = self.path / "events.jsonl", 0
+        for text in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+            with contextlib.suppress(ValueError, TypeError, KeyError):  # half a line of a killed run; other events
+                line = json.loads(text)
+                attempt = int(line["attempt"]) if line["to"] == step else attempt
+        return attempt
 
     def save_grid(self, step: int, images, captions: list[str], columns: int) -> Path:
         """images: uint8 numpy [N, H, W, 3] -> samples/step_000123.png, each picture with its caption under it."""
@@ -157,16 +179,17 @@ class RunFolder:
         return path
 
     def close(self) -> None:
-        if self._writer is not None:
-            self._writer.close()
-            self._writer = None
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError):  # of events that a full disk did not take: told when they were written
+                writer.close()
 
     def _log_tensorboard(self, step: int, numbers: dict[str, float]) -> None:
-        if self._writer is None:
-            from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
+        from torch.utils.tensorboard import SummaryWriter  # slow to import, and not every run wants it
 
-            self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step, flush_secs=10)
         try:
+            if self._writer is None:
+                self._writer = SummaryWriter(str(self.path / "tensorboard"), purge_step=self._first_step, flush_secs=10)
             for key, value in numbers.items():
                 self._writer.add_scalar(key, value, step)
         except OSError as error:
@@ -212,11 +235,7 @@ class RunFolder:
         return {int(match[1]): folder for match, folder in matches if match and folder.is_dir()}
 
     def _delete_old(self, saved: int, total_limit: int) -> None:
-        checkpoints = self._checkpoints()
-        if damage := checkpoint_damage(checkpoints[saved]):  # as the disk gives it back: the others may be all there is
-            logger.warning("%s is damaged (%s): no older checkpoint is deleted", checkpoints[saved], damage)
-            return
-        others = {step: folder for step, folder in checkpoints.items() if step != saved}
+        others = {step: folder for step, folder in self._checkpoints().items() if step != saved}
         # A step beyond the one just saved was damaged, or this run would have resumed from it: it goes first.
         order = sorted(others, key=lambda step: (step < saved, step))
         for step in order[: max(0, len(order) - (total_limit - 1))]:

@@ -11,6 +11,7 @@ import pickle
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import NoReturn
 
 import torch
 from safetensors import safe_open
@@ -37,6 +38,7 @@ class Checkpoints:
         self.enabled = distributed.broadcast_object(run is not None)
         self.position = self.attempt = 0  # prompts used, times gone back
         self.bad_updates = 0  # skipped in a row
+        self.saved = 0  # step of the newest checkpoint that is written or being written; 0: none is needed yet
         self.thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self.pending: Future | None = None
 
@@ -46,21 +48,26 @@ class Checkpoints:
         if found is not None:
             folder, step = found
             self.load(folder)
+            # A rollback to here was perhaps not saved since: the same images would diverge again.
+            self.attempt = max(self.attempt, distributed.broadcast_object(self.run and self.run.attempt_from(step)))
         if self.run:
             self.run.truncate(step or -1)  # step 0 is evaluated again
+        self.saved = step
         return step
 
-    def save(self, step: int) -> None:
-        """Writes checkpoint-STEP, or only begins to (--async_save)."""
+    def save(self, step: int, last: bool = False) -> None:
+        """Writes checkpoint-STEP, or only begins to (--async_save); last: nothing comes after it."""
         self.finish()
         self.start(step)
-        if not self.config.async_save:
-            self.finish(last=step == self.config.exit_step)
+        self.saved = step
+        if last or not self.config.async_save:
+            self.finish(last)
 
     def finish(self, last: bool = False) -> None:
         """Waits for the checkpoint that is being written; the failure of a run's last one is never passed over."""
         if not (problem := self.wait()):
             return
+        self.saved = -1
         stop = last or self.config.on_save_failure == "stop"
         told = f"a checkpoint could not be written ({problem}); those before it stand"
         logger.warning(told)
@@ -69,24 +76,39 @@ class Checkpoints:
             raise TrainingStopped(f"{told}. Make room on the disk; the same command resumes")
 
     def go_back(self, step: int, reason: str) -> int:
-        """Answers a diverged step: the run stops, or returns to its newest checkpoint, whose step is returned, to draw
-        other images from there."""
+        """Answers a diverged step: the run stops, or returns to a checkpoint, whose step is returned, to draw other
+        images from there. Not to that of the step before, whose weights are what diverged."""
         self.finish()
         rollback, attempt = self.config.on_divergence == "rollback", self.attempt + 1
-        found = self.latest() if rollback and attempt <= self.config.max_rollbacks else None
+        found = self.latest(before=step - 1) if rollback and attempt <= self.config.max_rollbacks else None
         if found is None:
-            self.event("diverged", step=step, reason=reason, action="stop")
-            why = f" (gone back {self.attempt} times; no checkpoint, or --max_rollbacks)" if rollback else ""
-            raise TrainingStopped(f"step {step}: {reason}{why}")
+            why = f" (gone back {self.attempt} times; no earlier checkpoint, or --max_rollbacks)" if rollback else ""
+            self.stop("diverged", step, f"step {step}: {reason}{why}")
         folder, back = found
         self.load(folder)
-        self.attempt = attempt
+        self.attempt, self.saved = attempt, back
         if self.run:
             self.run.truncate(back)
+            self.run.discard_after(back)
         self.event("diverged", step=step, reason=reason, action="rollback", to=back, attempt=attempt)
         logger.warning("step %d: %s; back to %s with new seeds (%d of %d)", step, reason, folder.name, attempt,
                        self.config.max_rollbacks)
         return back
+
+    def interrupt(self, step: int, number: int) -> NoReturn:
+        """Ends the run for now, saved: the signal's own exit code."""
+        self.finish()
+        if self.saved != step:
+            self.save(step, last=True)
+        self.event("interrupted", step=step, signal=number)
+        logger.warning("signal %d: stopped after step %d, the same command resumes", number, step)
+        raise SystemExit(128 + number)
+
+    def stop(self, event: str, step: int, reason: str) -> NoReturn:
+        """Ends the run for a reason that is written down, once the checkpoint under way is safe."""
+        self.finish()
+        self.event(event, step=step, reason=reason, action="stop")
+        raise TrainingStopped(reason)
 
     def event(self, event: str, step: int | None = None, **details) -> None:
         if self.run:
@@ -147,13 +169,16 @@ class Checkpoints:
             raise ValueError(next(text for final, text in problems if final))
         return problems[0][1] if problems else ""
 
-    def latest(self) -> tuple[Path, int] | None:
-        """Folder and step of the newest good checkpoint."""
-        return distributed.broadcast_object(self.run.latest_checkpoint() if self.run else None)
+    def latest(self, before: int | None = None) -> tuple[Path, int] | None:
+        """Folder and step of the newest good checkpoint, of a step below `before`."""
+        return distributed.broadcast_object(self.run.latest_checkpoint(before) if self.run else None)
 
     def restore(self, folder: Path) -> dict:
         """Weights, adapters and moments of a checkpoint, into the model and the optimizer; returns trainer.pt."""
         small = read_small(folder / SMALL)
+        if "counters" not in small:
+            raise ValueError(f"{folder} was written by an earlier version, whose runs cannot be continued: choose "
+                             f"another --run_name (--gpt_ckpt {folder} starts it from these weights)")
         parameters = dict(trainable(self.scorer))
 
         def like(name: str, shape: torch.Size) -> Tensor | None:
@@ -197,7 +222,7 @@ def optimizer_state(scorer: nn.Module, optimizer: torch.optim.Optimizer) -> tupl
 def exported(gpt: nn.Module, keep: bool) -> dict[str, Tensor]:
     """Copies on the CPU of the model's weights, adapters merged, from all processes; only where `keep`."""
     weights = {}
-    for name, tensor in lora.merged_state(gpt, distributed.whole).items():
+    for name, tensor in lora.merged_items(gpt, distributed.whole):
         if keep:
             weights[name] = tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
     return weights
@@ -214,7 +239,7 @@ def restore_weights(gpt: nn.Module, folder: Path, adapters: dict[str, Tensor]) -
             for name, tensor in own.items():
                 distributed.assign(tensor, file.get_tensor(name))
             return
-        for name, tensor in lora.merged_state(gpt, distributed.whole).items():
+        for name, tensor in lora.merged_items(gpt, distributed.whole):
             if not torch.allclose(tensor.cpu(), file.get_tensor(name), rtol=1e-4, atol=1e-6):
                 raise ValueError(f"{folder} holds adapters for other base weights than --gpt_ckpt gives now ({name} "
                                  "differs): give the checkpoint that the run began with")

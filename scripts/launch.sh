@@ -93,7 +93,7 @@ _launch_check_gpus() {
 # One process per task: what torchrun would tell each.
 _launch_export_ranks() {
   export RANK=$SLURM_PROCID WORLD_SIZE=$((nodes * tasks_per_node)) MASTER_ADDR=$master MASTER_PORT=$port
-  export LOCAL_RANK=${SLURM_LOCALID:-0}
+  export LOCAL_RANK=${SLURM_LOCALID:-0} LOCAL_WORLD_SIZE=$tasks_per_node
   if [[ ${CUDA_VISIBLE_DEVICES:-} =~ ^[^,]+$ ]]; then export LOCAL_RANK=0; fi  # srun --gpus-per-task=1: one seen each
 }
 

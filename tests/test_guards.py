@@ -101,8 +101,41 @@ def test_rollbacks_are_limited_and_need_a_checkpoint(world, tmp_path):
     assert [line["action"] for line in lines(tmp_path / "often", "events.jsonl")] == ["rollback", "rollback", "stop"]
     trainer = make_trainer(world, tmp_path / "early", save_steps=5, **options)
     before_step(trainer, 2, lambda: sharper(trainer))
-    with pytest.raises(TrainingStopped, match="no checkpoint"):
+    with pytest.raises(TrainingStopped, match="no earlier checkpoint"):
         trainer.train()
+
+
+def test_the_weights_that_diverged_are_not_returned_to(world, tmp_path):
+    """Saved after the step that spoilt them, noticed in the next one's rollout: that checkpoint goes."""
+    trainer = make_trainer(world, tmp_path, exit_step=6, save_steps=1, save_total_limit=None, min_entropy=0.2,
+                           on_divergence="rollback")
+    log, left = trainer.log, [1]
+
+    def spoil(step, numbers):  # after the update of step 3, before it is saved
+        log(step, numbers)
+        if step == 3 and left:
+            left.clear()
+            sharper(trainer)
+
+    trainer.log = spoil
+    seen = before_step(trainer, 99, lambda: None)
+    trainer.train()
+    assert [step for step, _ in seen] == [1, 2, 3, 4, 3, 4, 5, 6]
+    assert [(line["to"], line["attempt"]) for line in lines(tmp_path, "events.jsonl")] == [(2, 1)]
+    assert checkpoints(tmp_path) == [f"checkpoint-{step}" for step in range(1, 7)]
+
+
+def test_a_kill_after_a_rollback_does_not_repeat_it(world, tmp_path):
+    options = dict(exit_step=6, save_steps=2, min_entropy=0.2, on_divergence="rollback")
+    trainer = make_trainer(world, tmp_path, **options)
+    seen = before_step(trainer, 4, lambda: sharper(trainer))
+    before_step(trainer, 3, lambda: killed.append(1) if len(seen) < 3 else (_ for _ in ()).throw(KeyboardInterrupt()),
+                times=2)
+    killed = []
+    with pytest.raises(KeyboardInterrupt):  # in the first step after going back, which nothing has saved
+        trainer.train()
+    resumed = make_trainer(world, tmp_path, **options)
+    assert resumed.checkpoints.resume() == 2 and resumed.checkpoints.attempt == 1
 
 
 def test_gradients_that_stay_bad_go_back_too(world, tmp_path):
@@ -112,7 +145,7 @@ def test_gradients_that_stay_bad_go_back_too(world, tmp_path):
     start = weights(trainer)
     trainer.train()
     [event] = lines(tmp_path, "events.jsonl")
-    assert event["action"] == "rollback" and event["to"] == 4 and "non-finite" in event["reason"]
+    assert event["action"] == "rollback" and event["to"] == 2 and "non-finite" in event["reason"]
     assert steps(tmp_path) == [1, 2, 3, 4, 5]
     after = weights(trainer)
     assert all(tensor.isfinite().all() for tensor in after.values())
@@ -196,6 +229,17 @@ def test_a_full_disk_costs_a_checkpoint_not_the_run(world, tmp_path, monkeypatch
     assert checkpoints(tmp_path) == ["checkpoint-1", "checkpoint-3"] and steps(tmp_path) == [1, 2, 3]
     [event] = lines(tmp_path, "events.jsonl")
     assert event["action"] == "continue" and "No space left" in event["reason"]
+
+
+@pytest.mark.parametrize("background", (False, True))
+def test_an_interruption_that_cannot_save_is_an_error(world, tmp_path, monkeypatch, background):
+    full_disk(monkeypatch, "shards", {2, 3})
+    trainer = make_trainer(world, tmp_path, exit_step=5, save_steps=2, async_save=background)
+    before_step(trainer, 2, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    with pytest.raises(TrainingStopped, match="No space left"):
+        trainer.train()
+    assert checkpoints(tmp_path) == [] and [line["action"] for line in lines(tmp_path, "events.jsonl")] == [
+        "continue", "stop"]
 
 
 @pytest.mark.parametrize("options, failing, saved", (

@@ -37,7 +37,7 @@ def test_rollouts_scored_beside_the_next_are_the_same(tmp_path, monkeypatch):
 
     class Threaded(Beside):
         def __init__(self, device, enabled):
-            super().__init__(device, enabled=True)
+            super().__init__(device, enabled=not enabled)
             names.append(self.thread._thread_name_prefix)
 
     def samples():
