@@ -116,7 +116,9 @@ def draw(found: list[Panel], title: str, path: Path) -> None:
         for kind, marker in zip(KINDS, "os"):
             axis.loglog(panel.x, panel.seconds[kind], marker=marker, label=f"{kind}: x^{panel.exponent(kind):.2f}")
         axis.set(xlabel=f"{panel.name}\n({panel.fixed})")
-        axis.grid(True, which="both", alpha=0.3)
+        axis.set_xticks(panel.x, [f"{x:g}" for x in panel.x])
+        axis.minorticks_off()
+        axis.grid(True, alpha=0.3)
         axis.legend()
     axes[0].set_ylabel("seconds per image")
     figure.suptitle(title, fontsize=10)

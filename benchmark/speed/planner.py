@@ -49,7 +49,7 @@ class Shares(NamedTuple):
     optimizer: dict[str, float]  # bytes per parameter that a copy would have moved meanwhile
 
 
-SHARES = {"cpu": Shares(0.5, 0.92, 1.08, 0.5, {"adamw": 80.0, "adamw_fused": 40.0, "adamw_8bit": 3200.0}),
+SHARES = {"cpu": Shares(0.43, 0.8, 0.88, 0.5, {"adamw": 80.0, "adamw_fused": 40.0, "adamw_8bit": 1500.0}),
           "cuda": Shares(0.5, 0.6, 0.5, 0.33, {"adamw": 50.0, "adamw_fused": 28.0, "adamw_8bit": 200.0})}
 
 # The makers' data sheets: dense bf16, float32 without TF32, memory of the SXM card. Between machines: 400 Gbit/s a GPU.
