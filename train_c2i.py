@@ -48,7 +48,8 @@ class RunConfig:
         "help": "build everything, make one tiny step, print the plan, write nothing"})
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
     comm_timeout: float = field(default=1800.0, metadata={
-        "help": "seconds without an answer after which the processes give another one up, and the run ends"})
+        "help": "seconds without an answer after which the processes give another one up, and the run ends; more than "
+                "rank 0 takes to write and hash a checkpoint, unless --async_save"})
 
     def __post_init__(self):
         if self.image_statistics not in ("none", "shapes"):

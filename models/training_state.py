@@ -87,10 +87,10 @@ class Checkpoints:
         folder, back = found
         self.load(folder)
         self.attempt, self.saved = attempt, back
+        self.event("diverged", step=step, reason=reason, action="rollback", to=back, attempt=attempt)  # before a kill
         if self.run:
-            self.run.truncate(back)
             self.run.discard_after(back)
-        self.event("diverged", step=step, reason=reason, action="rollback", to=back, attempt=attempt)
+            self.run.truncate(back)
         logger.warning("step %d: %s; back to %s with new seeds (%d of %d)", step, reason, folder.name, attempt,
                        self.config.max_rollbacks)
         return back
