@@ -87,8 +87,8 @@ from models import distributed
 from models.training_state import Checkpoints
 save = Checkpoints.save
 
-def save_and_die(checkpoints, step):
-    save(checkpoints, step)
+def save_and_die(checkpoints, step, **options):
+    save(checkpoints, step, **options)
     if step == 1 and rank == 1:
         os.kill(os.getpid(), signal.SIGKILL)
 
