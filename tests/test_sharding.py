@@ -38,7 +38,7 @@ def train(world: Path, run: Path, checkpointing: bool = True, **changes) -> dict
         trainer = make_trainer(world, run if distributed.is_main() else None, device=distributed.setup(), **options)
         trainer.scorer.gpt.gradient_checkpointing = checkpointing
         trainer.train()
-    return {name: distributed.whole(tensor).clone() for name, tensor in weights(trainer).items()}
+    return {name: distributed.whole(tensor).cpu().clone() for name, tensor in weights(trainer).items()}
 
 
 def start(rank: int, size: int, port: int, local_size: int, job, output: Path) -> None:
@@ -86,7 +86,7 @@ def alone(world, tmp_path_factory):
 def assert_near(first: dict, second: dict) -> None:
     assert first.keys() == second.keys()
     for name in first:
-        torch.testing.assert_close(first[name].cpu(), second[name].cpu(), rtol=0, atol=1e-5, msg=name)
+        torch.testing.assert_close(first[name], second[name], rtol=0, atol=1e-5, msg=name)
 
 
 def on_two(world: Path, folder: Path) -> dict[str, dict]:
@@ -190,7 +190,7 @@ def first_images(world: Path) -> torch.Tensor:
     size = IMAGES // 2 // distributed.world_size()
     trainer = make_trainer(world, None, device=distributed.setup(), **OPTIONS | dict(per_device_train_batch_size=size))
     rollout = trainer.rollout(0, distributed.Metrics(trainer.device))
-    return distributed.gather_groups(rollout.tokens, OPTIONS["num_generations"])
+    return distributed.gather_groups(rollout.tokens, OPTIONS["num_generations"]).cpu()
 
 
 def on_four(world: Path, folder: Path) -> tuple[torch.Tensor, dict]:
@@ -199,7 +199,7 @@ def on_four(world: Path, folder: Path) -> tuple[torch.Tensor, dict]:
 
 def test_two_machines_of_two_processes_draw_and_learn_the_same(world, alone, tmp_path):
     images, hybrid = on_processes(4, partial(on_four, world, tmp_path), tmp_path, local_size=2)
-    assert torch.equal(images.cpu(), first_images(world))
+    assert torch.equal(images, first_images(world))
     assert_near(hybrid, alone[0])
 
 
