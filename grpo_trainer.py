@@ -81,7 +81,7 @@ class GRPOConfig:
     max_kl: float | None = None  # KL to the starting model, nats a token, above which on_divergence answers
     min_entropy: float | None = None  # entropy, nats a token, below which on_divergence answers
     on_divergence: Literal["stop", "rollback"] = field(default="stop", metadata={
-        "help": "rollback: back to the newest checkpoint, with new seeds for the images"})
+        "help": "rollback: back to a checkpoint from before, with new seeds for the images"})
     max_rollbacks: int = 3  # then the run stops
     data_seed: int = field(default=42, metadata={"aliases": ["seed"], "help": "keys prompts and images"})
 
@@ -382,14 +382,14 @@ class GRPOTrainer:
                 f"--max_logp_gap {self.config.max_logp_gap}: they disagree on the policy (precision or kernels?)"))
 
     def apply_gradient(self, step: int, metrics: distributed.Metrics) -> None:
-        config = self.config
-        rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
-            group["lr"] = rate
-        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.parameters, config.max_grad_norm))
+            group["lr"] = rate = learning_rate(self.config, step)
+        grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are averaged
         if finite:
             self.optimizer.step()
+        else:
+            self.checkpoints.event("skipped_update", step=step + 1, reason=f"gradient norm {grad_norm}", action="skip")
         self.optimizer.zero_grad()
         self.checkpoints.bad_updates = 0 if finite else self.checkpoints.bad_updates + 1
         metrics.add({"grad_norm": grad_norm if finite else 0.0}, weight=float(finite))
