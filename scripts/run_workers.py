@@ -179,6 +179,8 @@ def main(words: list[str]) -> int:
             sys.stderr.write(f"error: the machines did not meet at {meeting_point(words)} (MASTER_ADDR, MASTER_PORT): "
                              f"{' '.join(str(error).split()) or type(error).__name__}\n")
             return 1
+        finally:  # a timer that outlives the handlers would end even a finished run by SIGALRM
+            forwarder.finish()
     code, line = outcome([*failures.values()], forwarder.signum)
     sys.stderr.write(line + "\n")
     return code

@@ -64,6 +64,12 @@ with one_line_errors():
         ready.write("attempt ")
     time.sleep(60)
 """
+FINISHES = PRELUDE + """
+signal.signal(signal.SIGTERM, lambda *_: None)
+(folder / f"ready{rank}").touch()
+time.sleep(1)
+(folder / f"done{rank}").touch()
+"""
 FAILS = PRELUDE + """
 with one_line_errors():
     if rank == 1:
@@ -162,6 +168,15 @@ def test_a_signal_lets_all_processes_save_and_starts_none_again(start, tmp_path,
     assert (code, last) == (128 + signum, f"stopped by {signum.name}; the same command continues")
     assert (tmp_path / "saved0").exists() and (tmp_path / "saved1").exists()
     assert (tmp_path / "ready0").read_text() == "attempt "
+
+
+def test_a_signal_in_the_last_moment_of_a_run_is_no_failure(start, tmp_path):
+    process = start(FINISHES)
+    wait_for(tmp_path / "ready0", tmp_path / "ready1")
+    process.terminate()
+    code, _, err = ended(process)
+    # 143 where the processes' end was seen before torchrun told of it: then the same command says "finished"
+    assert code in (0, 143) and (tmp_path / "done0").exists() and (tmp_path / "done1").exists(), err
 
 
 def test_the_failing_processs_own_error_is_the_last_line_after_its_traceback(start):
