@@ -34,6 +34,8 @@ def setup(timeout_sec: float = 1800.0) -> torch.device:
     device = torch.device("cpu")
     if "TORCHELASTIC_RUN_ID" in os.environ and sys.platform == "linux":  # orphans of a killed torchrun would train on
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+        if os.environ.get("ARGRPO_LAUNCHER_PID", str(os.getppid())) != str(os.getppid()):  # gone before that line
+            raise ConnectionError("the launcher that started this process is gone")
     if torch.cuda.is_available():
         local, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         if local >= count:

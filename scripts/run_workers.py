@@ -29,6 +29,7 @@ from torch.distributed.elastic.rendezvous import RendezvousError
 from torch.distributed.run import main as torchrun
 
 STATUS_VARIABLE = "ARGRPO_STATUS_DIR"
+LAUNCHER_VARIABLE = "ARGRPO_LAUNCHER_PID"  # a process whose parent is another one has been orphaned
 STOPS = (signal.SIGTERM, signal.SIGUSR1)
 HUNG = "hung until torchrun killed it"
 STOP_CODES = tuple(128 + signum for signum in STOPS)
@@ -160,6 +161,7 @@ def outcome(failures: list[Failure], signum: int | None) -> tuple[int, str]:
 def main(words: list[str]) -> int:
     with tempfile.TemporaryDirectory(prefix="argrpo_status_") as folder:
         os.environ[STATUS_VARIABLE] = folder
+        os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         forwarder, failures = Forwarder(), {}
         try:
             torchrun(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", *words])

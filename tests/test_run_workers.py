@@ -124,7 +124,7 @@ def start(tmp_path):
 
 def ended(process):
     _, err = process.communicate(timeout=100)
-    return process.returncode, err.strip().splitlines()[-1], err
+    return process.returncode, (err.strip().splitlines() or [""])[-1], err
 
 
 def wait_for(*paths):

@@ -19,6 +19,7 @@ WEIGHTS = {"start": 3, "step": 5, "save": 3}  # of aims
 MOST_STEPS_AHEAD = 9  # of a life: a run of 40 steps takes some ten of them
 ROLLOUT = ("encode", "sample", "decode", "score", "reference")
 TOLERANCE = {1: 0.0, 2: 1e-6}  # of the final weights, by the number of processes
+ENDED_SEC = 90.0  # after one of its processes was killed, a job must have ended by itself
 
 
 class Aim(NamedTuple):
@@ -83,7 +84,7 @@ def kill(job: Job, choice: float, lab: Lab) -> Trial:
     victim = "" if job.processes == 1 else f" {('torchrun', 'rank 0', 'rank 1')[index]}"
     struck, before = time.time(), phase(job, time.time(), lab.steps)
     os.kill(pids[index], signal.SIGKILL)
-    code = job.wait()
+    code = job.wait(ENDED_SEC)
     # workers without their torchrun go on for a while, and so does what can be seen of them
     trial = Trial((before if "torchrun" in victim else phase(job, struck, lab.steps)) + victim)
     trial.require(code not in (None, 0), f"{'no end' if code is None else 'exit code 0'} after the kill")

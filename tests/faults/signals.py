@@ -1,12 +1,11 @@
 """SIGTERM and SIGUSR1 (preemption) at random moments, then the same command again, until the run is finished.
 
 A process that had begun its first step must finish the step, save, and exit with 128 + the signal's number; before
-that it may just die. With two processes the signal goes to torchrun (SIGTERM only: torchrun dies of SIGUSR1, unless
-TORCHELASTIC_SIGNALS_TO_HANDLE names it), to both workers, or to one: the other must join in.
+that it may just die. With two processes the signal goes to the launcher (SIGTERM only), to both workers, or to one: the
+other must join in.
 """
 import os
 import random
-import re
 import signal
 import time
 from collections.abc import Iterator
@@ -56,21 +55,11 @@ def send(job: Job, rng: random.Random, steps: int) -> Trial:
     code = job.wait()
     trial.facts["seconds to the exit"] = time.time() - struck
     logged, saved = job.new_step(), newest_complete(job.run)
-    check_exit(trial, code, number, job, began, logged == steps)
+    good = code == 128 + number or (code == 0 and logged == steps) or (code == -number and not began)
+    trial.require(good, f"exit code {code}, not {128 + number}")
     trial.require(saved >= logged or (code == -number and not began),
                   f"step {logged} was the last, but checkpoint-{saved} the newest")
     trial.facts["steps lost"] = max(0, logged - saved)
     if began:
         check_tidy(trial, job.run)
     return trial
-
-
-def check_exit(trial: Trial, code: int | None, number: int, job: Job, began: int, finished: bool) -> None:
-    """torchrun has an exit code of its own; it tells a worker's in its report, if it did not get the signal itself."""
-    preempted = 128 + number
-    if job.processes > 1:
-        told = not began or "torchrun" in trial.case or re.search(rf"exitcode *: *{preempted}\b", job.log())
-        good = code is not None and (finished or code != 0 and bool(told))
-    else:
-        good = code == preempted or (code == 0 and finished) or (code == -number and not began)
-    trial.require(good, f"exit code {code}, not {preempted}")
