@@ -204,3 +204,11 @@ def test_after_a_restart_training_resumes_from_its_checkpoint(start, tmp_path):
     code, _, err = ended(start(DIES_ONCE, "--config", "", *words, MAX_RESTARTS="1"))
     assert code == 0 and "resuming after step 1" in err
     assert (tmp_path / "run" / "checkpoint-2").is_dir()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
+def test_a_process_whose_launcher_is_gone_ends():
+    text = "from models import config, distributed\nwith config.one_line_errors(): distributed.setup()"
+    env = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "ARGRPO_LAUNCHER_PID": str(os.getppid())}
+    done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "error: the launcher that started this process is gone\n")
