@@ -15,16 +15,9 @@ import torch
 import grpo_trainer
 from models import distributed
 from models.run_folder import CHECKSUMS
-from tests.tiny_world import command_line, make_world
+from tests.tiny_world import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture

@@ -11,17 +11,10 @@ import grpo_trainer
 from grpo_trainer import GRPOConfig, TrainingStopped
 from models import training_state
 from models.guards import divergence
-from tests.tiny_world import make_trainer, make_world, weights
+from tests.tiny_world import make_trainer, weights
 
 NAN = float("nan")
 FULL_DISK = OSError(28, "No space left on device")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -16,7 +16,7 @@ from models.lora import LoRAConfig, adapted, add_adapters, base_alone, merged_st
 from models.policy import Scorer
 from models.reference import Reference
 from tests.test_policy import tiny_condition, tiny_gpt
-from tests.tiny_world import command_line, make_world
+from tests.tiny_world import command_line
 
 CONFIG = LoRAConfig(lora_rank=3, lora_alpha=6.0)
 
@@ -115,13 +115,6 @@ def train(world, output, *more):
         with one_line_errors():
             train_c2i.main()
     return output / "run"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 def test_a_run_resumes_bit_for_bit_and_exports_merged_weights(world, tmp_path, capsys):

@@ -14,7 +14,7 @@ import pytest
 import grpo_trainer
 import train_c2i
 from models.config import one_line_errors
-from tests.tiny_world import command_line, make_world
+from tests.tiny_world import command_line
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 12
@@ -37,13 +37,6 @@ def train(world, output, *more):
         with one_line_errors():
             train_c2i.main()
     return output / "run"
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

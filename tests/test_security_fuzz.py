@@ -30,13 +30,6 @@ MIXTURE = "datasets:\n- json_path: p.json\n  sampling_strategy: first:10\n- json
 PRESET = "# a preset\nbeta: 0.1\nx: [1, 2, {a: b}]\ns: 'quoted'\nd: 2001-01-01\nb: yes\nl: |\n  text\n"
 
 
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
-
-
 def encoded(save, *args, **options):
     buffer = io.BytesIO()
     save(buffer, *args, **options)

@@ -1,6 +1,6 @@
 """FSDP2 on gloo processes against DDP and one process, and checkpoints that move between them.
 
-With as many GPUs as processes the same tests run with nccl.
+With ARGRPO_TEST_GPU=1 (conftest.py) and as many GPUs as processes the same tests run with nccl.
 """
 import json
 import os
@@ -20,7 +20,7 @@ from grpo_trainer import GRPOConfig
 from models import distributed
 from models.lora import LoRAConfig, add_adapters
 from tests import tiny_world
-from tests.tiny_world import make_trainer, make_world, weights
+from tests.tiny_world import make_trainer, weights
 
 OPTIONS = dict(num_generations=4, num_minibatches=2, beta=0.05, learning_rate=1e-4, sampling=dict(cfg_scale=2.0),
                save_steps=2, gradient_accumulation_steps=2, exit_step=5)
@@ -67,13 +67,6 @@ def on_processes(size: int, job, folder: Path, local_size: int = 0):
             if attempt or "EADDRINUSE" not in str(error):
                 raise
     return torch.load(output, weights_only=True)
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,6 @@
 """Decoding and scoring in a thread beside the rollout: the same results, in order, and errors are not lost.
 
-On CPUs the thread has no stream; with a GPU both are compared on it.
+On CPUs the thread has no stream; with ARGRPO_TEST_GPU=1 (conftest.py) it has one.
 """
 import threading
 

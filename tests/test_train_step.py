@@ -18,14 +18,7 @@ from models.policy import Policy, Scorer
 from models.reference import Reference
 from models.text import TextEncoder, make_tiny_t5
 from tests.test_policy import L, V, tiny_condition, tiny_gpt
-from tests.tiny_world import make_trainer, make_world, policy_config, weights
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
+from tests.tiny_world import make_trainer, policy_config, weights
 
 
 @pytest.fixture(autouse=True)

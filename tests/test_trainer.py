@@ -7,16 +7,9 @@ import torch
 import grpo_trainer
 from grpo_trainer import GRPOConfig, TrainingStopped, group_advantages
 from models.generate import SamplingConfig
-from tests.tiny_world import Brightness, make_trainer, make_world, weights
+from tests.tiny_world import Brightness, make_trainer, weights
 
 NAN = float("nan")
-
-
-@pytest.fixture(scope="module")
-def world(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("world")
-    make_world(folder)
-    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from tests.faults.job import (POLL_SEC, Job, Lab, Reference, Trial, check_finished, check_resumption, is_saving,
@@ -35,21 +35,28 @@ def draw(rng: random.Random) -> Aim:
 
 
 def trials(lab: Lab, count: int, rng: random.Random, processes: int = 1) -> Iterator[Trial]:
-    reference = lab.reference(processes)
-    while count:
-        made = killed_run(lab, reference, rng, count, processes)
+    return struck_runs(lab, count, rng, processes, lambda job: kill(job, rng.random(), lab))
+
+
+def struck_runs(lab: Lab, count: int, rng: random.Random, processes: int,
+                strike: Callable[[Job], Trial]) -> Iterator[Trial]:
+    """Runs from beginning to end, each of whose lives but the last is ended by a strike, until there were `count`."""
+    while count > 0:
+        made = struck_run(lab, count, rng, processes, strike)
         count -= len(made)
         yield from made
 
 
-def killed_run(lab: Lab, reference: Reference, rng: random.Random, most: int, processes: int) -> list[Trial]:
-    """One run with at most that many kills, from its beginning to its end."""
-    output, made = lab.new_output("kill"), []
+def struck_run(lab: Lab, most: int, rng: random.Random, processes: int,
+               strike: Callable[[Job], Trial]) -> list[Trial]:
+    """One run with at most that many strikes."""
+    reference, made = lab.reference(processes), []
+    output = lab.new_output("run")
     while len(made) < most:
         with lab.start(output, processes=processes) as job:
             if not reach(job, reference, draw(rng), lab.steps):
-                break  # the run was finished before the kill
-            trial = kill(job, rng.random(), lab)
+                break  # the run was finished before
+            trial = strike(job)
         if made:
             check_resumption(made[-1], job)
         made.append(trial)

@@ -10,31 +10,14 @@ import signal
 import time
 from collections.abc import Iterator
 
-from tests.faults.job import Job, Lab, Trial, check_finished, check_resumption, check_tidy, newest_complete
-from tests.faults.kill import TOLERANCE, draw, phase, reach
+from tests.faults.job import Job, Lab, Trial, check_tidy, newest_complete
+from tests.faults.kill import phase, struck_runs
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
 
 
 def trials(lab: Lab, count: int, rng: random.Random, processes: int = 1) -> Iterator[Trial]:
-    reference = lab.reference(processes)
-    while count > 0:
-        output, made = lab.new_output("signal"), []
-        while len(made) < count:
-            with lab.start(output, processes=processes) as job:
-                if not reach(job, reference, draw(rng), lab.steps):
-                    break  # the run was finished before
-                trial = send(job, rng, lab.steps)
-            if made:
-                check_resumption(made[-1], job)
-            made.append(trial)
-        last = lab.finish(output, processes=processes)
-        if made:
-            check_resumption(made[-1], last)
-        for trial in made:
-            check_finished(trial, last, reference.run, lab.steps, TOLERANCE[processes])
-        count -= len(made)
-        yield from made
+    return struck_runs(lab, count, rng, processes, lambda job: send(job, rng, lab.steps))
 
 
 def send(job: Job, rng: random.Random, steps: int) -> Trial:
