@@ -1,9 +1,9 @@
 """One decoding step of models/gpt.py's transformer, for speed: the same numbers from weights prepared once per rollout.
 
 Against `GPT.forward_hidden` it changes where the weights lie (cast, w1 and w3 stacked, packed for oneDNN on CPUs), the
-form of the rotation, and how grouped queries meet their keys; tests/test_decoder.py compares the two. The position is
-a tensor and the number of cache positions read a multiple of `bucket`, so that a CUDA graph captures the step once per
-bucket; with bucket 1 exactly the written positions are read and no mask is needed. CPUs run the same function.
+form of the rotation, and how grouped queries meet their keys; tests/test_decoder.py compares the two. On GPUs a step is
+the Triton kernels of models/kernels.py, which read the position from a tensor, so that one CUDA graph serves all of a
+rollout. Elsewhere, and as their plain twin, it is torch operations over cache positions up to a multiple of `bucket`.
 
 Shapes: R rows, D width, H heads, K key/value heads, G = H / K, d head size, T condition positions, L image tokens,
 S >= T + L - 1 cache positions (the last token is never fed back), V codebook size.
@@ -16,12 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.gpt import GPT, Block, GPTConfig, KVCache, apply_rope
-from models.graphs import compiled
 from models.head import float32_product, operand_dtype
 
 # Matrices below 1 MB of float32 stay in a core's cache, where packing them gained nothing (benchmark/RESULTS.md).
 PACKED_NUMEL = 2 ** 18
-BUCKET_ON_GPU = 64
 
 
 class LayerWeights(NamedTuple):
@@ -62,7 +60,7 @@ def rows_that_fit(config: GPTConfig, dtype: torch.dtype, free_bytes: int) -> int
     per_layer = config.dim * ((config.n_head + 2 * config.kv_heads) * head_size + config.dim + 3 * config.ffn_dim)
     weights = (config.n_layer * per_layer + config.vocab_size * config.dim) * dtype.itemsize
     embeddings = config.vocab_size * config.dim * 4
-    length = config.cls_token_num + config.block_size + BUCKET_ON_GPU
+    length = config.cls_token_num + config.block_size
     cache = 2 * config.n_layer * config.kv_heads * head_size * length * dtype.itemsize
     spare = int(0.98 * free_bytes) - weights - embeddings
     return max(1, spare // (cache + config.vocab_size * 4 * (4 + 8)))
@@ -133,20 +131,29 @@ class Decoder:
     that captured steps stay valid; on CPUs `load` makes the weights anew.
 
     dtype: of matrix products and (on GPUs) the cache; the residual stream and the norms keep the parameters' dtype.
+    bucket: cache positions read are a multiple of it; 0: whatever suits. fused: by Triton kernels; None: on GPUs.
     """
 
-    def __init__(self, config: GPTConfig, num_rows: int, dtype: torch.dtype, device: torch.device, bucket: int = 0):
+    def __init__(self, config: GPTConfig, num_rows: int, dtype: torch.dtype, device: torch.device, bucket: int = 0,
+                 fused: bool | None = None):
         on_gpu = device.type == "cuda"
         self.config, self.num_rows, self.dtype = config, num_rows, dtype
-        self.bucket = bucket or (BUCKET_ON_GPU if on_gpu else 1)
-        length = self.read_length(config.cls_token_num + config.block_size - 2)
+        fused = on_gpu if fused is None else fused
+        length = config.cls_token_num + config.block_size - 1
+        self.bucket = bucket or (length if fused else 1)
+        length = self.read_length(length - 1)
         # A CPU's SDPA, made for many queries, takes twice as long on bf16 as on the same numbers in float32.
         self.cache = KVCache(config, num_rows, length, dtype if on_gpu else torch.float32, device)
         self.positions = torch.arange(length, device=device)  # [S]
         self.columns: Tensor | None = None  # [R, 1, 1, S] of 0 and -inf; None: every written position is attended to
         self.layers: list[LayerWeights] = []
         self.outer: OuterWeights | None = None
-        self.attention_inputs, self.block_output = (compiled(f, on_gpu) for f in (attention_inputs, block_output))
+        self.kernels = self.scratch = None
+        if fused:
+            from models import kernels  # Triton comes with torch's GPU builds alone
+            self.kernels, self.scratch = kernels, kernels.Scratch(config, num_rows, dtype, device)
+            if config.cls_token_num > 1:
+                self.columns = self.cache.data.new_zeros(num_rows, 1, 1, length, dtype=torch.float32)
 
     def read_length(self, position: int) -> int:
         """How many cache positions a step at `position` reads: position + 1, rounded up to a bucket."""
@@ -168,10 +175,11 @@ class Decoder:
     def begin(self, prefix: KVCache, rows: Tensor, condition_mask: Tensor | None) -> None:
         """Row r continues prefix row rows[r] (int64 [R]), whose padded slots condition_mask bool [P, T] leaves out."""
         self.cache.begin(prefix, rows)
-        if condition_mask is None and self.bucket == 1:
+        if condition_mask is None and (self.bucket == 1 or self.kernels and self.columns is None):
             self.columns = None
             return
-        columns = self.cache.data.new_zeros(self.num_rows, 1, 1, len(self.positions))
+        dtype = torch.float32 if self.kernels else self.cache.data.dtype
+        columns = self.cache.data.new_zeros(self.num_rows, 1, 1, len(self.positions), dtype=dtype)
         if condition_mask is not None:
             columns[:, 0, 0, : condition_mask.shape[1]].masked_fill_(~condition_mask[rows], -torch.inf)
         if self.columns is None:
@@ -190,18 +198,21 @@ class Decoder:
         """tokens int64 [r] at `position` (int64 [1]) of the first r rows -> hidden states [r, D] that predict the next
         ones. length: read_length(position), on the host because it is a shape."""
         config, num_rows = self.config, len(tokens)
+        if self.kernels:
+            mask = None if self.columns is None else self.columns[:, 0, 0]
+            return self.kernels.feed(config, self.layers, self.outer, self.cache.data, mask, self.scratch, tokens, position)
         rope = self.outer.rope.index_select(0, position)  # [1, d/2, 2]
         mask = self.mask(num_rows, position, length)
         x = F.embedding(tokens, self.outer.embeddings)  # [r, D]
         for weights, cache in zip(self.layers, self.cache.data[:, :, :num_rows]):  # [2, r, K, S, d]
-            heads = self.attention_inputs(x, weights, rope, config.n_head + config.kv_heads, config.norm_eps)
+            heads = attention_inputs(x, weights, rope, config.n_head + config.kv_heads, config.norm_eps)
             written = heads[:, config.n_head:].unflatten(1, (2, -1)).transpose(0, 1)  # [2, r, K, d]
             if self.bucket == 1:  # a plain copy costs a third of one by index
                 cache[..., length - 1, :] = written
             else:
                 cache.index_copy_(3, position, written[..., None, :])
             attended = attend(heads[:, :config.n_head], cache[..., :length, :], mask)
-            x = self.block_output(x, attended, weights, config.norm_eps)
+            x = block_output(x, attended, weights, config.norm_eps)
         return F.rms_norm(x, x.shape[-1:], self.outer.norm, config.norm_eps)
 
     def logits(self, hidden: Tensor) -> Tensor:

@@ -69,12 +69,17 @@ def log_distribution(logits: Tensor, sampling: SamplingConfig, taken: Tensor | N
     taken: int64 [n], tokens that stay in the kept set whatever the filter says. A sampled token is always kept, so
     this changes nothing for the sampler; when the policy has moved since, it keeps the log-probability finite.
     """
+    return F.log_softmax(filtered_logits(logits, sampling, taken), dim=-1)
+
+
+def filtered_logits(logits: Tensor, sampling: SamplingConfig, taken: Tensor | None = None) -> Tensor:
+    """float32 [n, V]: logits / temperature, -inf where top-k and top-p leave nothing."""
     logits = logits.float()
     if sampling.temperature != 1.0:
         logits = logits / sampling.temperature
     if sampling.top_k or sampling.top_p < 1.0:
         logits = logits.masked_fill(~kept_tokens(logits.detach(), sampling, taken), -torch.inf)
-    return F.log_softmax(logits, dim=-1)
+    return logits
 
 
 def kept_tokens(logits: Tensor, sampling: SamplingConfig, taken: Tensor | None) -> Tensor:
@@ -168,12 +173,13 @@ class Rollout:
     writes stays in place, so that a GPU replays it as a captured graph, in this rollout and in later ones.
     """
 
-    def __init__(self, gpt: GPT, sampling: SamplingConfig, capacity: int, dtype: torch.dtype, bucket: int = 0):
+    def __init__(self, gpt: GPT, sampling: SamplingConfig, capacity: int, dtype: torch.dtype, bucket: int = 0,
+                 fused: bool | None = None):
         config, weight = gpt.config, gpt.output.weight
         self.gpt, self.sampling, self.capacity, self.dtype = gpt, sampling, capacity, dtype
         self.num_tokens, self.num_guided = config.block_size, sampling.num_guided(config.block_size)
         num_rows = 2 * capacity if self.num_guided else capacity
-        self.decoder = Decoder(config, num_rows, dtype, weight.device, bucket)
+        self.decoder = Decoder(config, num_rows, dtype, weight.device, bucket, fused)
         self.hidden = weight.new_zeros(num_rows, config.dim)  # predicts the token at `index`
         self.index = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.uniforms = torch.zeros(capacity, self.num_tokens, dtype=torch.float64, device=weight.device)
@@ -209,7 +215,11 @@ class Rollout:
         hidden = self.hidden[: self.capacity]
         if guided:
             hidden = guide(hidden, self.hidden[self.capacity:], self.sampling.cfg_scale)
-        log_probs = log_distribution(self.decoder.logits(hidden), self.sampling)  # [capacity, V]
+        logits = filtered_logits(self.decoder.logits(hidden), self.sampling)  # [capacity, V]
+        if self.decoder.kernels:
+            return self.decoder.kernels.draw(logits, self.uniforms, self.index, self.tokens, self.logps, self.entropies,
+                                             self.sampling.greedy)
+        log_probs = F.log_softmax(logits, dim=-1)
         if self.sampling.greedy:
             token = log_probs.argmax(-1)
         else:

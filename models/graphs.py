@@ -1,4 +1,4 @@
-"""CUDA graphs and torch.compile around functions with static shapes, with the plain path wherever they do not work.
+"""CUDA graphs around functions with static shapes, with the plain path wherever a capture does not work.
 
 Not yet run on a GPU.
 """
@@ -44,21 +44,3 @@ class StepGraphs:
         self.graphs[key] = graph
         self.pool = graph.pool()
 
-
-def compiled(function: Callable, enabled: bool) -> Callable:
-    """`function` under torch.compile; once that fails, as it is. Only for functions without side effects."""
-    if not enabled:
-        return function
-    calls = [torch.compile(function)]
-
-    def call(*args):
-        try:
-            return calls[-1](*args)
-        except RuntimeError as error:
-            if calls[-1] is function:
-                raise
-            logger.warning("%s runs uncompiled: torch.compile failed (%s)", function.__name__, error)
-            calls.append(function)
-            return function(*args)
-
-    return call

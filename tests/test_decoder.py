@@ -9,11 +9,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from models import decoder, graphs
-from models.decoder import BUCKET_ON_GPU, Decoder, attention_inputs, block_output, linear, prepared, rows_that_fit
+from models import decoder
+from models.decoder import Decoder, linear, prepared, rows_that_fit
 from models.generate import Engine, Rollout, SamplingConfig, even_parts, generate, row_batches, row_uniforms
 from models.gpt import GPT_SIZES, GPTConfig
-from models.graphs import StepGraphs, compiled
+from models.graphs import StepGraphs
 from models.policy import Policy, default_rollout_dtype
 from tests.test_policy import L, SAMPLING, tiny_condition, tiny_gpt
 
@@ -175,13 +175,13 @@ def test_splitting_a_rollout_changes_no_image(monkeypatch, limit):
 
 def test_rows_that_fit():
     config, gigabyte = GPTConfig(**GPT_SIZES["GPT-XL"], block_size=576), 10 ** 9
-    cache = 36 * 2 * 1280 * (576 + 1 + BUCKET_ON_GPU) * 2  # bytes of a row in bf16
+    cache = 36 * 2 * 1280 * (576 + 1) * 2  # bytes of a row in bf16
     rows = rows_that_fit(config, torch.bfloat16, 40 * gigabyte)
     assert 0.9 < rows * cache / (40 * gigabyte - 775e6 * 2) < 1
     assert rows_that_fit(config, torch.float32, 40 * gigabyte) < 0.6 * rows
     assert rows_that_fit(replace(config, n_kv_head=5), torch.bfloat16, 40 * gigabyte) > 3.5 * rows
     assert rows_that_fit(config, torch.bfloat16, gigabyte) == 1
-    dense = decoder.KVCache(replace(config, n_layer=2), 3, 641, torch.bfloat16, torch.device("cpu"))
+    dense = decoder.KVCache(replace(config, n_layer=2), 3, 577, torch.bfloat16, torch.device("cpu"))
     assert dense.data.nbytes == 3 * cache * 2 // 36
 
 
@@ -197,7 +197,7 @@ def test_buffers_serve_rollouts_of_their_kind():
     assert engine.kept is None and engine.limit(gpt, sampling, 8) == 8  # CPUs keep nothing and split nothing
 
 
-# ---- graphs and compilation, with stand-ins for what a GPU does -----------------------------------------------------
+# ---- graphs, with stand-ins for what a GPU does -----------------------------------------------------
 
 def fake_cuda_graphs(monkeypatch, buffers, replay):
     """Capturing runs the step, and takes back what it did to `buffers`; replaying calls `replay`."""
@@ -275,38 +275,3 @@ def test_a_failed_capture_is_told_and_decoding_goes_on(monkeypatch, caplog):
             steps(lambda *key: ran.append(key), 64, True)
     assert ran == [(64, True)] * 3
     assert len(caplog.records) == 1 and "not permitted when stream is capturing" in caplog.text
-
-
-@torch.no_grad()
-def test_parts_of_a_block_compile_whole(monkeypatch):
-    """torch.compile traces both parts without a break, and once for all layers."""
-    gpt = tiny_gpt("c2i").eval()
-    rollout = begun(gpt, SamplingConfig(), torch.tensor([1, 2, 3]), None, [1, 2, 3], 1, bucket=4)
-    expected = generate(gpt, torch.tensor([1, 2, 3]), SamplingConfig(), None, [1, 2, 3])
-    traced = []
-
-    def backend(module, inputs):
-        traced.append(module)
-        return module.forward
-
-    torch._dynamo.reset()
-    for name, part in (("attention_inputs", attention_inputs), ("block_output", block_output)):
-        setattr(rollout.decoder, name, torch.compile(part, backend=backend, fullgraph=True))
-    rollout.run()
-    assert torch.equal(rollout.tokens, expected.tokens)
-    assert len(traced) == 2
-
-
-def test_what_does_not_compile_runs_as_it_is(monkeypatch, caplog):
-    def double(x):
-        return 2 * x
-
-    def broken(*args):
-        raise RuntimeError("no C++ compiler")
-
-    monkeypatch.setattr(graphs.torch, "compile", lambda function: broken)
-    call = compiled(double, enabled=True)
-    with caplog.at_level(logging.WARNING):
-        assert call(2) == 4 and call(3) == 6
-    assert len(caplog.records) == 1 and "no C++ compiler" in caplog.text
-    assert compiled(double, enabled=False) is double

@@ -13,7 +13,7 @@ from benchmark.speed import on_paper
 from benchmark.speed.on_paper import Job
 from benchmark.speed.roofline import Ceilings, decode_work, forward_flops, measure_ceilings
 from benchmark.speed.setup import machine_name
-from models.decoder import BUCKET_ON_GPU, native_bfloat16, rows_that_fit
+from models.decoder import native_bfloat16, rows_that_fit
 from models.gpt import GPTConfig
 from models.memory import SHARE, free_bytes
 from models.memory import rows_that_fit as images_that_fit
@@ -144,7 +144,6 @@ def rollout_parts(job: Job, machine: Machine, weights: on_paper.Weights, standin
         num_images = min(num_images, max(1, rows_that_fit(gpt, job.rollout_dtype, free) // job.halves))
     head = gpt.vocab_size * gpt.dim
     length = gpt.cls_token_num + gpt.block_size - 1
-    length = -(-length // BUCKET_ON_GPU) * BUCKET_ON_GPU if on_gpu else length
     row = 2 * gpt.n_layer * gpt.kv_heads * (gpt.dim // gpt.n_head) * length * (itemsize if on_gpu else 4)
     parts = {"prepared weights": weights.matrices * itemsize + head * (itemsize + 4 if on_gpu else 4),
              "cache": job.halves * num_images * row,
