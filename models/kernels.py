@@ -262,50 +262,99 @@ def draw_kernel(logits, uniforms, index, tokens, logps, entropies, drawn, num_to
 # ------------------------------------------------------------------------------------------------------- launches
 
 
+class Step(NamedTuple):
+    """What the launches of one step share."""
+
+    config: GPTConfig
+    scratch: Scratch
+    num_rows: int
+    position: Tensor  # int64 [1]
+    rope: Tensor  # [T + L, d/2, 2]
+    mask: Tensor | None  # float32 [R, S] of 0 and -inf; None: every written position is attended to
+    early: bool
+
+    @property
+    def size(self) -> int:
+        return self.config.dim // self.config.n_head
+
+    @property
+    def norm(self) -> dict[str, int]:
+        """How the sums of squares lie."""
+        parts = -(-self.config.dim // tile_of("add_product", self.num_rows).columns)
+        return dict(PARTS=parts, PARTS_2=power_of_2(parts))
+
+    def grid_and_tile(self, kernel: str, num_columns: int) -> tuple[tuple[int, int], dict]:
+        tile = tile_of(kernel, self.num_rows)
+        return ((-(-num_columns // tile.columns), -(-self.num_rows // tile.rows)),
+                dict(BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
+                     **self.order))
+
+    @property
+    def order(self) -> dict[str, bool]:
+        return dict(EARLY=True, launch_pdl=True) if self.early else dict(EARLY=False)
+
+
 def power_of_2(number: int) -> int:
     return 1 << (number - 1).bit_length()
 
 
+def embed(step: Step, tokens: Tensor, embeddings: Tensor) -> None:
+    width = step.config.dim
+    embed_kernel[(step.num_rows,)](tokens, embeddings, step.scratch.x, step.scratch.squares, D=width,
+                                   BD=power_of_2(width), **step.norm)
+
+
+def project_heads(step: Step, gain: Tensor, weight: Tensor, cache: Tensor) -> None:
+    """x -> queries; keys and values into `cache` [2, R, K, S, d]."""
+    config, scratch = step.config, step.scratch
+    grid, tile = step.grid_and_tile("project_heads", (config.n_head + 2 * config.kv_heads) * step.size)
+    project_heads_kernel[grid](scratch.x, scratch.squares, gain, weight, step.rope, step.position, scratch.queries,
+                               cache, step.num_rows, config.norm_eps, *cache.stride()[:3], D=config.dim,
+                               H=config.n_head, K=config.kv_heads, SIZE=step.size, **step.norm, **tile)
+
+
+def attend(step: Step, cache: Tensor) -> None:
+    """Queries and `cache` -> attended."""
+    config, scratch, mask = step.config, step.scratch, step.mask
+    attend_kernel[(step.num_rows, config.n_head)](
+        scratch.queries, cache, scratch.x if mask is None else mask, step.position, scratch.attended,
+        *cache.stride()[:3], 0 if mask is None else mask.stride(0), step.size ** -0.5 * LOG2_E, H=config.n_head,
+        GROUP=config.n_head // config.kv_heads, SIZE=step.size, BD=power_of_2(step.size), BS=ATTEND_POSITIONS,
+        MASKED=mask is not None, num_warps=ATTEND_WARPS, **step.order)
+
+
+def add_product(step: Step, inputs: Tensor, weight: Tensor) -> None:
+    """x += inputs @ weight^T."""
+    grid, tile = step.grid_and_tile("add_product", step.config.dim)
+    add_product_kernel[grid](inputs, weight, step.scratch.x, step.scratch.squares, step.num_rows, D=step.config.dim,
+                             INNER=inputs.shape[1], PARTS=grid[0], **tile)
+
+
+def gated_product(step: Step, gain: Tensor, weight: Tensor) -> None:
+    """x -> gated."""
+    config, scratch = step.config, step.scratch
+    grid, tile = step.grid_and_tile("gated_product", config.ffn_dim)
+    gated_product_kernel[grid](scratch.x, scratch.squares, gain, weight, scratch.gated, step.num_rows, config.norm_eps,
+                               D=config.dim, F=config.ffn_dim, **step.norm, **tile)
+
+
 def feed(config: GPTConfig, layers: list, outer, cache: Tensor, mask: Tensor | None, scratch: Scratch, tokens: Tensor,
          position: Tensor, early: bool = EARLY) -> Tensor:
-    """tokens int64 [r] at `position` (int64 [1]) of the first r rows -> hidden states float32 [r, D] that
-    predict the next ones.
+    """tokens int64 [r] at `position` (int64 [1]) of the first r rows -> hidden states float32 [r, D] that predict the
+    next ones.
 
     layers, outer: models.decoder.LayerWeights and OuterWeights. cache [layers, 2, R, K, S, d]. mask: float32 [R, S] of 0
-    and -inf, or None where every written position is attended to. early: programmatic dependent launch.
+    and -inf, or None where every written position is attended to. early: see EARLY.
     """
-    num_rows, size, eps = len(tokens), config.dim // config.n_head, config.norm_eps
-    heads, kv_heads, group = config.n_head, config.kv_heads, config.n_head // config.kv_heads
-    qkv, out, gated = (tile_of(name, num_rows) for name in ("project_heads", "add_product", "gated_product"))
-    parts = -(-config.dim // out.columns)
-    norm = dict(PARTS=parts, PARTS_2=power_of_2(parts))
-    which, row, head = cache.stride()[1:4]
-    x, squares = scratch.x, scratch.squares
-    embed_kernel[(num_rows,)](tokens, outer.embeddings, x, squares, D=config.dim, BD=power_of_2(config.dim), **norm)
-    for weights, layer in zip(layers, cache):
-        grid = (triton.cdiv((heads + 2 * kv_heads) * size, qkv.columns), triton.cdiv(num_rows, qkv.rows))
-        project_heads_kernel[grid](
-            x, squares, weights.attention_norm, weights.wqkv, outer.rope, position, scratch.queries, layer, num_rows,
-            eps, which, row, head, D=config.dim, H=heads, K=kv_heads, SIZE=size, **norm, **launch(qkv, early))
-        attend_kernel[(num_rows, heads)](
-            scratch.queries, layer, squares if mask is None else mask, position, scratch.attended, which, row,
-            head, 0 if mask is None else mask.stride(0), size ** -0.5 * LOG2_E, H=heads, GROUP=group, SIZE=size,
-            BD=power_of_2(size), BS=ATTEND_POSITIONS, MASKED=mask is not None, EARLY=early, num_warps=ATTEND_WARPS,
-            launch_pdl=early)
-        grid = (parts, triton.cdiv(num_rows, out.rows))
-        add_product_kernel[grid](scratch.attended, weights.wo, x, squares, num_rows, D=config.dim, INNER=heads * size,
-                                 PARTS=parts, **launch(out, early))
-        gated_product_kernel[(triton.cdiv(config.ffn_dim, gated.columns), triton.cdiv(num_rows, gated.rows))](
-            x, squares, weights.ffn_norm, weights.w13, scratch.gated, num_rows, eps, D=config.dim, F=config.ffn_dim,
-            **norm, **launch(gated, early))
-        add_product_kernel[grid](scratch.gated, weights.w2, x, squares, num_rows, D=config.dim, INNER=config.ffn_dim,
-                                 PARTS=parts, **launch(out, early))
-    return torch.nn.functional.rms_norm(x[:num_rows], (config.dim,), outer.norm, eps)
-
-
-def launch(tile: Tile, early: bool) -> dict:
-    return dict(BM=tile.rows, BN=tile.columns, BK=tile.inner, EARLY=early, num_warps=tile.warps, num_stages=tile.stages,
-                launch_pdl=early)
+    step = Step(config, scratch, len(tokens), position, outer.rope, mask, early)
+    embed(step, tokens, outer.embeddings)
+    for weights, keys_values in zip(layers, cache):
+        project_heads(step, weights.attention_norm, weights.wqkv, keys_values)
+        attend(step, keys_values)
+        add_product(step, scratch.attended, weights.wo)
+        gated_product(step, weights.ffn_norm, weights.w13)
+        add_product(step, scratch.gated, weights.w2)
+    return torch.nn.functional.rms_norm(scratch.x[: len(tokens)], (config.dim,), outer.norm, config.norm_eps)
 
 
 def draw(logits: Tensor, uniforms: Tensor, index: Tensor, tokens: Tensor, logps: Tensor, entropies: Tensor,

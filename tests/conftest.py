@@ -13,7 +13,7 @@ import pytest
 
 if os.environ.get("ARGRPO_TEST_GPU") != "1":
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch looks; spawned processes and scripts inherit it
-    os.environ["TRITON_INTERPRET"] = "1"  # before models.kernels is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # before models.kernels is imported; the scripts' own runs draw on the CPU
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 

@@ -13,7 +13,8 @@ tensors).
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -165,16 +166,24 @@ class Speed(NamedTuple):
     gigabytes: float | None  # most GPU memory in use
 
 
+@contextmanager
+def random_rewards(names: list[str], size: Size, folder: Path, device: str | torch.device,
+                   **settings) -> Iterator[RewardSet]:
+    """A RewardSet whose models are loaded from random weights, which it writes into `folder`."""
+    # HPS's sizes stand in the code, since its checkpoint can't tell the number of heads
+    with patch.object(hps, "MODEL_CONFIG", at_size(HPS, size)):
+        writers = dict.fromkeys(WRITERS[name] for name in names)
+        paths = {flag: str(path) for write in writers for flag, path in write(folder, size).items()}
+        yield RewardSet(names, settings=RewardSettings(maniqa_crops=size.maniqa_crops, **paths, **settings),
+                        device=device)
+
+
 def measure(joined: str, config: SpeedConfig) -> Speed:
     """One model, loaded from random weights: images per second in batches and one at a time."""
     names, on_gpu = joined.split("+"), config.device.startswith("cuda")
-    # HPS's sizes stand in the code, since its checkpoint can't tell the number of heads
-    with tempfile.TemporaryDirectory() as folder, patch.object(hps, "MODEL_CONFIG", at_size(HPS, config.sizes)):
-        writers = dict.fromkeys(WRITERS[name] for name in names)
-        paths = {flag: str(path) for write in writers for flag, path in write(Path(folder), config.sizes).items()}
-        settings = RewardSettings(reward_batch_size=config.batch_size, preprocess=config.preprocess,
-                                  reward_dtype=config.reward_dtype, maniqa_crops=config.sizes.maniqa_crops, **paths)
-        reward_set = RewardSet(names, settings=settings, device=config.device)
+    with tempfile.TemporaryDirectory() as folder, random_rewards(
+            names, config.sizes, Path(folder), config.device, reward_batch_size=config.batch_size,
+            preprocess=config.preprocess, reward_dtype=config.reward_dtype) as reward_set:
         if on_gpu:
             torch.cuda.reset_peak_memory_stats(config.device)
         images = torch.randint(0, 256, (config.batch_size, 3, config.image_size, config.image_size),
