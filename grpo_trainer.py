@@ -237,10 +237,12 @@ class GRPOTrainer:
         self.parameters = [p for p in self.scorer.parameters() if p.requires_grad]
         self.optimizer = build_optimizer(config.optimizer, self.parameters, config.learning_rate, config.adam_beta2,
                                          config.weight_decay)
+        # float16 has few exponents: gradients are made of a loss that is large enough not to vanish in it.
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.autocast_dtype == torch.float16)
         self.micro_batch_size = config.micro_batch_size or config.per_device_train_batch_size
         self.sampler = PromptSampler(len(self.conditions), config.data_seed)
         self.images_per_step = config.prompts_per_step * config.num_generations * self.world_size
-        self.checkpoints = Checkpoints(run, self.scorer, self.optimizer, save_policy, config)
+        self.checkpoints = Checkpoints(run, self.scorer, self.optimizer, self.scaler, save_policy, config)
 
     def train(self) -> None:
         """The whole run: resumes where a checkpoint stands, trains to `exit_step`, leaves a report."""
@@ -342,7 +344,7 @@ class GRPOTrainer:
                     logps, entropies, loss, parts = self.loss(micro)
                     valid = (~micro.advantages.isnan()).sum()
                     # DDP averages over processes; the objective is a mean over all samples of the minibatch.
-                    (loss * valid * self.world_size / max(num_valid, 1)).backward()
+                    self.scaler.scale(loss * valid * self.world_size / max(num_valid, 1)).backward()
                 gaps.append(logps.detach() - micro.old_logps)
                 metrics.add({"entropy": entropies.mean()}, weight=len(micro))
                 metrics.add({"loss": loss.detach(), **parts}, weight=valid)
@@ -384,11 +386,14 @@ class GRPOTrainer:
     def apply_gradient(self, step: int, metrics: distributed.Metrics) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = rate = learning_rate(self.config, step)
+        self.scaler.unscale_(self.optimizer)
         grad_norm = distributed.whole(nn.utils.clip_grad_norm_(self.parameters, self.config.max_grad_norm))
         finite = bool(torch.isfinite(grad_norm))  # the same on all processes: gradients are averaged
         if finite:
-            self.optimizer.step()
+            self.scaler.step(self.optimizer)
+            self.scaler.update()
         else:
+            self.scaler.update(0.5 * self.scaler.get_scale())  # not by what this process's shards found
             self.checkpoints.event("skipped_update", step=step + 1, reason=f"gradient norm {grad_norm}", action="skip")
         self.optimizer.zero_grad()
         self.checkpoints.bad_updates = 0 if finite else self.checkpoints.bad_updates + 1

@@ -91,7 +91,7 @@ class Job:
         if self.size != self.policy.image_size:
             size = f"decoded at {self.policy.image_size} px, bicubic to {self.size} px before rounding"
         settings = " ".join(f"{key} {value}" for key, value in asdict(self.sampling).items())
-        precision = "bf16" if self.policy.bf16 else "float32"
+        precision = str(self.policy.autocast_dtype or torch.float32).removeprefix("torch.")
         return f"{size}, rounded to uint8; {settings}; seed {self.config.seed}; {precision}"
 
 
@@ -129,7 +129,8 @@ def claim_folder(job: Job, policy: Policy, conditions: str) -> None:
     conditions: what stands for the labels or prompts. How many images there are, and the batch size, is left open.
     """
     settings = {"weights": fingerprint(policy), "conditions": conditions, "seed": job.config.seed,
-                "eval_image_size": job.config.eval_image_size, "bf16": job.policy.bf16, **asdict(job.sampling)}
+                "eval_image_size": job.config.eval_image_size, "dtype": str(policy.autocast_dtype),
+                "rollout_dtype": str(policy.rollout_dtype), "vq_dtype": str(policy.vq_dtype), **asdict(job.sampling)}
     file = job.folder / SETTINGS_FILE
     if file.is_file():
         stored = read_json(file)

@@ -200,7 +200,8 @@ class Decoder:
         config, num_rows = self.config, len(tokens)
         if self.kernels:
             mask = None if self.columns is None else self.columns[:, 0, 0]
-            return self.kernels.feed(config, self.layers, self.outer, self.cache.data, mask, self.scratch, tokens, position)
+            return self.kernels.feed(config, self.layers, self.outer, self.cache.data, mask, self.scratch, tokens,
+                                     position)
         rope = self.outer.rope.index_select(0, position)  # [1, d/2, 2]
         mask = self.mask(num_rows, position, length)
         x = F.embedding(tokens, self.outer.embeddings)  # [r, D]

@@ -343,8 +343,8 @@ def feed(config: GPTConfig, layers: list, outer, cache: Tensor, mask: Tensor | N
     """tokens int64 [r] at `position` (int64 [1]) of the first r rows -> hidden states float32 [r, D] that predict the
     next ones.
 
-    layers, outer: models.decoder.LayerWeights and OuterWeights. cache [layers, 2, R, K, S, d]. mask: float32 [R, S] of 0
-    and -inf, or None where every written position is attended to. early: see EARLY.
+    layers, outer: models.decoder.LayerWeights and OuterWeights. cache [layers, 2, R, K, S, d]. mask: float32 [R, S] of
+    0 and -inf, or None where every written position is attended to. early: see EARLY.
     """
     step = Step(config, scratch, len(tokens), position, outer.rope, mask, early)
     embed(step, tokens, outer.embeddings)
@@ -360,7 +360,8 @@ def feed(config: GPTConfig, layers: list, outer, cache: Tensor, mask: Tensor | N
 def draw(logits: Tensor, uniforms: Tensor, index: Tensor, tokens: Tensor, logps: Tensor, entropies: Tensor,
          greedy: bool) -> Tensor:
     """int64 [n]: a token for each row of tempered, filtered logits float32 [n, V], by inverse CDF at uniforms float64
-    [>= n, L] column `index`; it, its log-probability and the distribution's entropy go into that column of the others."""
+    [>= n, L] column `index`; it, its log-probability and the distribution's entropy go into that column of the others.
+    """
     drawn = torch.empty(len(logits), dtype=torch.long, device=logits.device)
     block = power_of_2(logits.shape[1])
     draw_kernel[(len(logits),)](logits, uniforms, index, tokens, logps, entropies, drawn, uniforms.shape[1],

@@ -94,9 +94,9 @@ class Samples:
 
 
 def default_rollout_dtype(autocast_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
-    """The scorer's, so that both round alike; float32 on CPUs that would have to emulate bf16."""
-    slow = device.type == "cpu" and autocast_dtype == torch.bfloat16 and not native_bfloat16()
-    return torch.float32 if slow or autocast_dtype is None else autocast_dtype
+    """The scorer's, so that both round alike; float32 on CPUs that would have to emulate it."""
+    native = device.type != "cpu" or autocast_dtype == torch.bfloat16 and native_bfloat16()
+    return autocast_dtype if native and autocast_dtype is not None else torch.float32
 
 
 def untimed(name: str):

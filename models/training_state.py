@@ -31,9 +31,9 @@ class Checkpoints:
     nothing is saved). save_policy(folder, weights) writes the exported model. The optimizer must be over the scorer's
     trainable parameters, in their order. config: grpo_trainer.GRPOConfig."""
 
-    def __init__(self, run, scorer: nn.Module, optimizer: torch.optim.Optimizer,
+    def __init__(self, run, scorer: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
                  save_policy: Callable[[Path, dict], None], config):
-        self.run, self.scorer, self.optimizer = run, scorer, optimizer
+        self.run, self.scorer, self.optimizer, self.scaler = run, scorer, optimizer, scaler
         self.save_policy, self.config = save_policy, config
         self.enabled = distributed.broadcast_object(run is not None)
         self.position = self.attempt = 0  # prompts used, times gone back
@@ -118,6 +118,8 @@ class Checkpoints:
         small = self.restore(folder)
         self.position, self.attempt, self.bad_updates = (small[name] for name in ("position", "attempt", "bad_updates"))
         torch.set_rng_state(small["rng"])
+        if small.get("loss_scale"):  # empty but in float16
+            self.scaler.load_state_dict(small["loss_scale"])
 
     def start(self, step: int) -> None:
         """Copies the state and begins to write it."""
@@ -132,7 +134,7 @@ class Checkpoints:
         weights = exported(self.scorer.gpt, keep=self.run is not None)
         tensors, counters = optimizer_state(self.scorer, self.optimizer)
         small = {"step": step, "position": self.position, "attempt": self.attempt, "bad_updates": self.bad_updates,
-                 "rng": torch.get_rng_state(), "counters": counters}
+                 "rng": torch.get_rng_state(), "counters": counters, "loss_scale": self.scaler.state_dict()}
         wait_for_shards = distributed.save_shards(tensors, folder / SHARDS)
 
         def write() -> None:

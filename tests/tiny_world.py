@@ -3,6 +3,7 @@
 Its tokenizer decodes each code to flat blocks, light or coloured, so that the shapes rewards vary between samples;
 `brightness` is a reward that a few updates can raise.
 """
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -53,9 +54,9 @@ def policy_config(folder: Path) -> PolicyConfig:
 
 
 def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None,
-                 guidance_logprob="guided", device="cpu", **config) -> GRPOTrainer:
+                 guidance_logprob="guided", device="cpu", dtype="float32", **config) -> GRPOTrainer:
     """As train_c2i.train composes it, with `config` on top of SMALL; run: where to log, None for nowhere."""
-    grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), policy_config(world)
+    grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), replace(policy_config(world), dtype=dtype)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device(device))

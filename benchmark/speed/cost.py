@@ -2,7 +2,7 @@
 
     python -m benchmark.speed.cost
     python -m benchmark.speed.cost --models GPT-L GPT-XL GPT-3B --image_sizes 128 256 384 512 --batches 1 8 64 512 \\
-        --bf16 --rounds 3
+        --dtype bfloat16 --rounds 3
 
 Each point is a rollout with guidance and a training step (reference and update) on random weights, the fastest of
 `rounds`. The exponent is the slope of a line through the points' logarithms: seconds per image ~ x^exponent. Where one
@@ -33,7 +33,7 @@ class CostConfig:
     models: list[str] = field(default_factory=lambda: ["GPT-B", "GPT-L", "GPT-XL"])
     image_sizes: list[int] = field(default_factory=lambda: [64, 96, 128, 192])
     batches: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
-    bf16: bool = False
+    dtype: str = "float32"
     rounds: int = field(default=1, metadata={"help": "timed steps of a point; the fastest counts"})
     output: str = str(Path(__file__).with_name("cost.png"))
     device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
@@ -50,7 +50,7 @@ class CostConfig:
                     self.point(model, size, batch)
 
     def point(self, model: str, image_size: int, batch: int) -> EndToEndConfig:
-        return EndToEndConfig(gpt_model=model, image_size=image_size, batch_size=batch, bf16=self.bf16,
+        return EndToEndConfig(gpt_model=model, image_size=image_size, batch_size=batch, dtype=self.dtype,
                               device=self.device, rounds=max(1, self.rounds))
 
 
@@ -132,7 +132,7 @@ def main(argv: list[str] | None = None) -> list[Panel]:
     if config.num_threads:
         torch.set_num_threads(config.num_threads)
     title = f"{machine_name(torch.device(config.device))}; torch {torch.__version__}; " + (
-        "bf16" if config.bf16 else "float32")
+        config.dtype)
     print(f"{title}\n{'seconds per image':<28}" + "".join(f"{kind:>11}" for kind in KINDS), flush=True)
     found = panels(config, lambda line: print(line, flush=True))
     draw(found, title, Path(config.output))

@@ -1,7 +1,7 @@
 """One whole GRPO step on random weights: seconds and peak memory by phase, images per second, share of the roofline.
 
     python -m benchmark.speed.end_to_end --gpt_model GPT-B --image_size 256 --batch_size 8 --baseline
-    python -m benchmark.speed.end_to_end --gpt_model GPT-XL --image_size 384 --batch_size 32 --bf16 \\
+    python -m benchmark.speed.end_to_end --gpt_model GPT-XL --image_size 384 --batch_size 32 --dtype bfloat16 \\
         --gradient_checkpointing --micro_batch_size 8 --reference bf16 --baseline
 
 Ours is the trainer's own code: GRPOTrainer.rollout (sampling, decoding to images, a reward that costs nothing, the
@@ -40,7 +40,7 @@ PHASES = ("encode", "sample", "decode", "score", "reference", "update")
 
 @dataclass(frozen=True)
 class EndToEndConfig(TrainStepConfig):
-    rollout_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    rollout_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     vq_model: str = "VQ-16"
     vq_dtype: Literal["float32", "bfloat16"] = "float32"
     decode_batch_size: int = field(default=64, metadata={"help": "images decoded at a time"})
@@ -58,12 +58,12 @@ class EndToEndConfig(TrainStepConfig):
 
     @property
     def job(self) -> Job:
-        autocast = torch.bfloat16 if self.bf16 else None
-        dtype = default_rollout_dtype(autocast, torch.device(self.device))
+        dtype = default_rollout_dtype(self.autocast_dtype, torch.device(self.device))
         dtype = dtype if self.rollout_dtype == "auto" else getattr(torch, self.rollout_dtype)
         return Job(self.gpt, vq_config(self.vq_model), replace(self.grpo, max_logp_gap=1e9),
                    SamplingConfig(cfg_scale=self.cfg_scale), LoRAConfig(lora_rank=self.lora_rank),
-                   self.gradient_checkpointing, autocast, dtype, getattr(torch, self.vq_dtype), self.decode_batch_size)
+                   self.gradient_checkpointing, self.autocast_dtype, dtype, getattr(torch, self.vq_dtype),
+                   self.decode_batch_size)
 
 
 class Brightness:
@@ -173,7 +173,8 @@ def plain_whole_step(config: EndToEndConfig) -> Callable[[Metrics], None]:
     train(minibatch, Metrics(device))  # makes the optimizer's state
 
     def whole(metrics: Metrics) -> None:
-        autocast = torch.autocast(device.type, dtype=torch.bfloat16, enabled=config.bf16 and device.type == "cuda")
+        autocast = torch.autocast(device.type, dtype=job.autocast_dtype,
+                                  enabled=job.autocast_dtype is not None and device.type == "cuda")
         with metrics.timed("seconds/sample"), autocast:
             tokens = reference.decode(gpt, condition, config.cfg_scale)
         with metrics.timed("seconds/decode"):

@@ -24,7 +24,8 @@ from models.config import one_line_errors
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmark" / "RESULTS.md"
 TITLE = "## One GPU, `bash benchmark/gpu_check.sh`"
-ORDER = ("machine", "tests", "exactness", "decoding", "training", "whole_job", "kernels", "scoring", "shapes", "planner")
+ORDER = ("machine", "tests", "exactness", "decoding", "training", "whole_job", "kernels", "scoring", "shapes",
+         "planner")
 GRACE = 10  # seconds from a stage's limit to its end
 
 

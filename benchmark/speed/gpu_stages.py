@@ -238,7 +238,7 @@ def profile(setting: Setting, config: GPTConfig) -> list:
 def training(setting: Setting) -> dict:
     """A training step of XL 384, 8 images, guided, KL: seconds and peak memory against the plain step."""
     config = train_step.TrainStepConfig(
-        gpt_model="GPT-B" if setting.tiny else "GPT-XL", image_size=32 if setting.tiny else 384, bf16=True,
+        gpt_model="GPT-B" if setting.tiny else "GPT-XL", image_size=32 if setting.tiny else 384, dtype="bfloat16",
         gradient_checkpointing=True, micro_batch_size=4, reference="bf16", device=str(setting.device),
         batch_size=2 if setting.tiny else 8, rounds=1 if setting.tiny else 2)
     figures = {}
@@ -278,7 +278,7 @@ def whole_job(setting: Setting) -> dict:
         for label, image_size, images, batch in (("xl_256", 256, 64, 32), ("xl_384", 384, 32, 16)):
             config = end_to_end.EndToEndConfig(
                 gpt_model="GPT-B" if setting.tiny else "GPT-XL", image_size=32 if setting.tiny else image_size,
-                batch_size=4 if setting.tiny else images, bf16=True, micro_batch_size="auto", reference="bf16",
+                batch_size=4 if setting.tiny else images, dtype="bfloat16", micro_batch_size="auto", reference="bf16",
                 vq_dtype="bfloat16", device=str(setting.device))
             for beside in (True, False):
                 job = with_rollout_batches(config, 0 if setting.tiny else batch)
@@ -355,9 +355,9 @@ def scoring(setting: Setting) -> dict:
         figures["without"] = missing
     else:
         names.insert(1, "hpsv2_text")
-    config = rewards.SpeedConfig(rewards=names, device=str(setting.device), rounds=1, seconds=0.0 if setting.tiny else 0.5,
-                                 batch_size=4 if setting.tiny else 64, size="tiny" if setting.tiny else "full",
-                                 preprocess="fast", reward_dtype="float32", image_size=64 if setting.tiny else 256)
+    config = rewards.SpeedConfig(rewards=names, device=str(setting.device), rounds=1,
+                                 seconds=0.0 if setting.tiny else 0.5, batch_size=4 if setting.tiny else 64,
+                                 size="tiny" if setting.tiny else "full", preprocess="fast", reward_dtype="float32", image_size=64 if setting.tiny else 256)
     for name in config.rewards:
         try:
             speed = rewards.measure(name, config)
@@ -400,7 +400,8 @@ def features_speed(setting: Setting) -> dict:
 def planner(setting: Setting) -> dict:
     """Predicted memory and time against measured ones, of one process: relative errors by phase."""
     flags = ["--gpt_model", "GPT-B", "--image_size", "32"] if setting.tiny else [
-        "--gpt_model", "GPT-XL", "--image_size", "256", "--bf16", "--gradient_checkpointing", "--num_minibatches", "4"]
+        "--gpt_model", "GPT-XL", "--image_size", "256", "--dtype", "bfloat16", "--gradient_checkpointing",
+        "--num_minibatches", "4"]
     text = in_process(["-m", "benchmark.speed.plan", *flags, "--cfg_scale", "2", "--beta", "0.1", "--device",
                        str(setting.device), "--check"], setting.output / "planner.log")
     rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+) +(-?[\d.]+)% +([\d.]+) +([\d.]+) +(-?[\d.]+)%$", text, re.M)

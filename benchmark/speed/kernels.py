@@ -48,7 +48,8 @@ CANDIDATES: dict[str, dict[int, list[tuple]]] = {
 class KernelSpeedConfig(ModelFlags):
     gpt_model: str = "GPT-XL"
     image_size: int = 384
-    rows: list[int] = field(default_factory=lambda: [16], metadata={"help": "rows of a step: two an image with guidance"})
+    rows: list[int] = field(default_factory=lambda: [16], metadata={
+        "help": "rows of a step: two an image with guidance"})
     kernels: list[str] = field(default_factory=lambda: [*CANDIDATES], metadata={"help": "which to time"})
     dtype: str = "bfloat16"
 

@@ -20,7 +20,7 @@ from models.memory import rows_that_fit as images_that_fit
 from models.policy import default_rollout_dtype
 from models.vq import VQConfig
 
-F32, BF16 = torch.float32, torch.bfloat16
+F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PREFETCHED = 2  # blocks whose weights a sharded pass holds at a time: this one, and the next on its way
 
 
@@ -54,9 +54,9 @@ SHARES = {"cpu": Shares(0.43, 0.8, 0.88, 0.5, {"adamw": 80.0, "adamw_fused": 40.
 
 # The makers' data sheets: dense bf16, float32 without TF32, memory of the SXM card. Between machines: 400 Gbit/s a GPU.
 HARDWARE = {
-    "H100": Machine("H100 80 GB", "cuda", 80e9, 3.35e12, {F32: 67e12, BF16: 989e12}, 450e9, 50e9),
-    "H200": Machine("H200 141 GB", "cuda", 141e9, 4.8e12, {F32: 67e12, BF16: 989e12}, 450e9, 50e9),
-    "A100": Machine("A100 80 GB", "cuda", 80e9, 2.04e12, {F32: 19.5e12, BF16: 312e12}, 300e9, 25e9),
+    "H100": Machine("H100 80 GB", "cuda", 80e9, 3.35e12, {F32: 67e12, BF16: 989e12, F16: 989e12}, 450e9, 50e9),
+    "H200": Machine("H200 141 GB", "cuda", 141e9, 4.8e12, {F32: 67e12, BF16: 989e12, F16: 989e12}, 450e9, 50e9),
+    "A100": Machine("A100 80 GB", "cuda", 80e9, 2.04e12, {F32: 19.5e12, BF16: 312e12, F16: 312e12}, 300e9, 25e9),
 }
 
 
@@ -81,7 +81,7 @@ class Plan(NamedTuple):
 
 def measured_machine(device: torch.device) -> Machine:
     """The ceilings of the device at hand, now."""
-    flops = {dtype: measure_ceilings(device, dtype) for dtype in (F32, BF16)}
+    flops = {dtype: measure_ceilings(device, dtype) for dtype in (F32, BF16, *([F16] if device.type == "cuda" else []))}
     links = (HARDWARE["H100"].link, HARDWARE["H100"].network) if device.type == "cuda" else (1e9, 1e9)
     return Machine(machine_name(device), device.type, free_bytes(device), flops[F32].bytes_per_second,
                    {dtype: one.flops_per_second for dtype, one in flops.items()}, *links)
@@ -90,7 +90,7 @@ def measured_machine(device: torch.device) -> Machine:
 def job_of(configs: tuple, gpt: GPTConfig, vq: VQConfig, kind: str, world_size: int, gpus_per_node: int = 8) -> Job:
     """configs: train_c2i.CONFIGS' instances, in that order; kind: cpu or cuda."""
     run, policy, sampling, grpo, _, adapters = configs[:6]
-    autocast = BF16 if policy.bf16 else None
+    autocast = policy.autocast_dtype
     rollout = (default_rollout_dtype(autocast, torch.device(kind)) if policy.rollout_dtype == "auto"
                else getattr(torch, policy.rollout_dtype))
     return Job(gpt, vq, grpo, sampling, adapters, run.gradient_checkpointing, autocast, rollout,

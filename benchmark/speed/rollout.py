@@ -34,7 +34,7 @@ class RolloutSpeedConfig(ModelFlags):
     num_generations: int = field(default=1, metadata={"help": "images of a prompt, which share its prefix"})
     top_k: int = 0
     top_p: float = 1.0
-    rollout_dtype: Literal["float32", "bfloat16"] = "float32"
+    rollout_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     baseline: bool = field(default=False, metadata={"help": "also run the plain decoder, and print the ratio"})
     baseline_top_k: int = field(default=2000, metadata={"help": "the plain decoder's filter (LlamaGen's); 0: none"})
     rounds: int = field(default=3, metadata={"help": "rollouts of each, in turns; the median counts"})

@@ -1,8 +1,8 @@
 """Seconds and peak memory of a training step, on random weights: reference log-probabilities, gradients, update.
 
     python -m benchmark.speed.train_step --gpt_model GPT-B --image_size 256 --batch_size 8 --baseline
-    python -m benchmark.speed.train_step --gpt_model GPT-XL --image_size 384 --bf16 --gradient_checkpointing \\
-        --micro_batch_size auto --reference bf16 --optimizer adamw_8bit --baseline
+    python -m benchmark.speed.train_step --gpt_model GPT-XL --image_size 384 --dtype bfloat16 \\
+        --gradient_checkpointing --micro_batch_size auto --reference bf16 --optimizer adamw_8bit --baseline
 
 Ours is the trainer's own code (GRPOTrainer.update). --baseline also measures a plain step: logits [N, L, V] in two
 passes, all rows at once, a float32 copy as the reference, AdamW. Memory is all that a step needs, weights, gradients
@@ -34,7 +34,7 @@ PHASES = ("seconds/reference", "seconds/update")
 @dataclass(frozen=True)
 class TrainStepConfig(ModelFlags):
     guidance_logprob: str = "guided"
-    bf16: bool = False
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
     gradient_checkpointing: bool = False
     micro_batch_size: Literal["auto"] | int | None = None
     head_chunk_tokens: int = 1024
@@ -47,6 +47,10 @@ class TrainStepConfig(ModelFlags):
         super().__post_init__()
         if self.batch_size < 2:
             raise ValueError(f"batch_size must be at least 2 (advantages are relative), got {self.batch_size}")
+
+    @property
+    def autocast_dtype(self) -> torch.dtype | None:
+        return None if self.dtype == "float32" else getattr(torch, self.dtype)
 
     @property
     def grpo(self) -> GRPOConfig:
@@ -83,7 +87,7 @@ def lean_step(config: TrainStepConfig) -> Callable[[Rollout, Metrics], None]:
     gpt = random_gpt(config.gpt, config.device, config.gradient_checkpointing,
                      LoRAConfig(lora_rank=config.lora_rank))
     policy = Policy(gpt, None, SamplingConfig(cfg_scale=config.cfg_scale),
-                    autocast_dtype=torch.bfloat16 if config.bf16 else None)
+                    autocast_dtype=config.autocast_dtype)
     # No sampler to agree with here.
     grpo = replace(config.grpo, max_logp_gap=1e9)
     trainer = GRPOTrainer(grpo, policy, ([None], None), None, None, lambda folder, weights: None)
@@ -115,7 +119,8 @@ def plain_step(config: TrainStepConfig) -> Callable[[Rollout, Metrics], None]:
     reference = copy.deepcopy(gpt).requires_grad_(False)
     grpo = config.grpo
     optimizer = torch.optim.AdamW(gpt.parameters(), lr=grpo.learning_rate, betas=(0.9, grpo.adam_beta2))
-    autocast = torch.autocast(config.device.split(":")[0], dtype=torch.bfloat16, enabled=config.bf16)
+    autocast = torch.autocast(config.device.split(":")[0], dtype=config.autocast_dtype,
+                              enabled=config.autocast_dtype is not None)
 
     def step(minibatch: Rollout, metrics: Metrics) -> None:
         with metrics.timed(PHASES[0]), torch.no_grad(), autocast:
@@ -172,8 +177,7 @@ def main(argv: list[str] | None = None) -> dict[str, StepSpeed]:
         torch.set_num_threads(config.num_threads)
     device = torch.device(config.device)
     print(f"{machine_name(device)}; torch {torch.__version__}; {config}", flush=True)
-    dtype = torch.bfloat16 if config.bf16 else torch.float32
-    ceiling = measure_ceilings(device, dtype).flops_per_second
+    ceiling = measure_ceilings(device, getattr(torch, config.dtype)).flops_per_second
     speeds = {}
     print(f"{'':<10}{'seconds':>9}{'reference':>11}{'update':>9}{'tokens/s':>10}{'peak GB':>9}{'largest MB':>12}"
           f"{'TFLOP/s':>9}{'of ceiling':>12}")
