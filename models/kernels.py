@@ -40,13 +40,13 @@ class Tile(NamedTuple):
 # {kernel: {largest number of rows: tile}}; chosen by `python -m benchmark.speed.kernels`, see benchmark/HISTORY.md.
 MANY = 1 << 30
 TILES = {
-    "project_heads": {16: Tile(16, 64, 128, 4, 4), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64, 32, 128, 4, 4),
-                      MANY: Tile(128, 64, 64, 4, 4)},
-    "add_product": {16: Tile(16, 16, 128, 2, 6), 32: Tile(32, 16, 128, 2, 6), 64: Tile(64, 16, 256, 4, 3),
+    "project_heads": {16: Tile(16, 32, 128, 2, 5), 32: Tile(32, 32, 128, 2, 5), 64: Tile(64, 32, 64, 4, 5),
+                      MANY: Tile(128, 64, 128, 8, 3)},
+    "add_product": {16: Tile(16, 16, 128, 2, 6), 32: Tile(32, 16, 128, 2, 6), 64: Tile(64, 32, 128, 4, 4),
                     MANY: Tile(64, 64, 64, 4, 4)},
-    "gated_product": {16: Tile(16, 16, 128, 2, 6), 32: Tile(32, 16, 128, 2, 6), 64: Tile(64, 64, 64, 4, 4),
-                      MANY: Tile(128, 64, 64, 4, 4)},
-    "attend": {32: (128, 8), MANY: (64, 2)},  # cache positions at a time, warps
+    "gated_product": {16: Tile(16, 32, 128, 2, 4), 32: Tile(32, 32, 128, 2, 4), 64: Tile(64, 32, 64, 4, 4),
+                      MANY: Tile(64, 64, 64, 4, 4)},
+    "attend": {32: (128, 4), MANY: (64, 1)},  # cache positions at a time, warps
 }
 
 
