@@ -6,7 +6,7 @@ to the group -> a few clipped policy-gradient updates with a KL penalty. The mat
 don't depend on the number of processes and a resumed run continues bit for bit.
 
 Leaves out: what a policy, a reward or a prompt is (train_c2i.py and train_t2i.py compose them), how weights are sharded
-and checkpoints written (models/distributed.py, models/training_state.py).
+and checkpoints written (utils/distributed.py, trainer_utils/checkpoints.py).
 
 Shapes: P prompts per process and step, G generations per prompt, N = P G images, L tokens per image.
 """
@@ -23,13 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dataset.sampler import PromptSampler, row_seeds, shard
-from models import distributed, evaluation, memory
-from models.guards import Interruption, TrainingStopped, divergence  # TrainingStopped: for those who call `train`
-from models.optimizer import build_optimizer, learning_rate
-from models.reference import Reference, distribute
-from models.report import write_report
-from models.statistics import centred, masked_mean, nan_std
-from models.training_state import Checkpoints
+from trainer_utils import evaluation, memory
+from trainer_utils.checkpoints import Checkpoints
+from trainer_utils.guards import Interruption, TrainingStopped, divergence  # TrainingStopped: for those who call `train`
+from trainer_utils.optimizer import build_optimizer, learning_rate
+from trainer_utils.reference import Reference, distribute
+from trainer_utils.report import write_report
+from trainer_utils.statistics import centred, masked_mean, nan_std
+from utils import distributed
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ class GRPOConfig:
     rollout_batch_size: int = 0  # images sampled and scored at a time; 0: all of a step
     beta: float = 0.01  # weight of the KL penalty to the starting model; 0: no reference model
     reference: Literal["auto", "float32", "bf16", "cpu", "lora_base"] = field(default="auto", metadata={
-        "help": "form of that model: float32 (a copy), bf16, cpu (waits there), lora_base; models/reference.py"})
+        "help": "form of that model: float32 (a copy), bf16, cpu (waits there), lora_base; trainer_utils/reference.py"})
     epsilon: float = 0.2  # lower clip of the probability ratio, 1 - epsilon
     epsilon_high: float | None = None  # upper clip, 1 + epsilon_high; None: epsilon
     scale_rewards: str = "group"  # divide by the spread of: group, batch, none (Dr.GRPO, arXiv 2503.20783)
@@ -286,7 +287,7 @@ class GRPOTrainer:
             try:
                 write_report(self.run.path)
             except (OSError, ValueError) as error:  # the run itself is safe
-                logger.warning("no report (%s); make it with python -m models.report %s", error, self.run.path)
+                logger.warning("no report (%s); make it with python -m trainer_utils.report %s", error, self.run.path)
         distributed.barrier()
 
     # -------------------------------------------------------------------------------------------- one step

@@ -29,14 +29,14 @@ from dataset.prompts import load_prompts
 from dataset.sampler import row_seed
 from grpo_trainer import GRPOConfig
 from img_gen_grpo_rewards import RewardSet
-from models import distributed
 from models.build import load_policy
-from models.config import key_names, one_line_errors
 from models.lora import LoRAConfig
-from models.run_folder import atomic_write_text
 from reward_utils.settings import RewardSettings
 from train_c2i import RunConfig
 from train_t2i import PromptConfig
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import key_names, one_line_errors
 
 SCORES = ["shapes_strict", "shapes_graded", "shapes_quality"]
 TRAINING_KEYS = key_names(RunConfig, GRPOConfig, PromptConfig, LoRAConfig)  # what a training preset may hold besides

@@ -28,12 +28,12 @@ from benchmark.sampling import Job, parse_job
 from dataset import Condition
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet, check_names
-from models import distributed
-from models.config import one_line_errors, parse_args, resolved
-from models.run_folder import RESUMABLE_CHANGES
 from reward_utils.settings import RewardSettings
 from sample_t2i import SCORES, TRAINING_KEYS, sample_prompts
 from train_c2i import spread_out
+from trainer_utils.run_folder import RESUMABLE_CHANGES
+from utils import distributed
+from utils.config import one_line_errors, parse_args, resolved
 
 REWARDS = ["clip_text", "hpsv2_text", "pickscore", "imagereward", "deqa", "aesthetic", "unireward"]  # as AR-GRPO
 SHAPES_PROMPTS = Path(__file__).resolve().parent / "benchmark" / "drawbench" / "shapes.json"

@@ -20,14 +20,14 @@ from dataset import Condition
 from dataset.labels import class_conditions, load_class_names
 from grpo_trainer import GRPOConfig, GRPOTrainer
 from img_gen_grpo_rewards import RewardSet
-from models import distributed
 from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import require_checkpoint
-from models.config import one_line_errors, parse_args, resolved
 from models.generate import SamplingConfig
 from models.lora import LoRAConfig, add_adapters
-from models.run_folder import RunFolder
 from reward_utils.settings import RewardSettings
+from trainer_utils.run_folder import RunFolder
+from utils import distributed
+from utils.config import one_line_errors, parse_args, resolved
 
 
 @dataclass(frozen=True)

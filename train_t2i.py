@@ -10,9 +10,9 @@ import numpy as np
 
 from dataset import Condition, shapes
 from dataset.prompts import load_prompts
-from models import distributed
-from models.config import one_line_errors, parse_args
 from train_c2i import CONFIGS, spread_out, train
+from utils import distributed
+from utils.config import one_line_errors, parse_args
 
 NUM_SHAPES_PROMPTS = 1920  # drawn with the six tasks equally often
 

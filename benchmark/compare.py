@@ -21,9 +21,9 @@ import numpy as np
 from benchmark.evaluation_report import NUM_EXTREMES, SETTINGS_FILE, prompt_figure, read_json, read_metrics
 from benchmark.prompt_scores import SUMMARY_FILE, ImageScores, aligned, by_category, by_prompt, mean_and_error, \
     read_scores, score_names, title
-from models.config import one_line_errors
-from models.report import page, section, table
-from models.run_folder import atomic_write_text
+from trainer_utils.report import page, section, table
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors
 
 RESULTS_DIR = "test_results"
 COVERAGE = 95.0  # per cent

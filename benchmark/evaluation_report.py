@@ -20,10 +20,10 @@ from PIL import Image
 
 from benchmark.prompt_scores import GENEVAL_SCORE, ImageScores, by_prompt, mean_of, mean_over_categories, \
     prompt_means, read_prompt_folders, read_scores, score_names, spell, summarise, title
-from dataset.files import parse_json, read_text
-from dataset.images import IMAGE_SUFFIXES, read_image
-from models.config import one_line_errors
-from models.report import environment, figure, page, section, table
+from trainer_utils.report import environment, figure, page, section, table
+from utils.config import one_line_errors
+from utils.files import parse_json, read_text
+from utils.image_files import IMAGE_SUFFIXES, read_image
 
 REPORT_FILE, SETTINGS_FILE = "report.html", "sampling.json"
 THUMBNAIL = 128  # pixels of the longer side

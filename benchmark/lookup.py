@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dataset.files import parse_json, read_text
 from models.build import PolicyConfig, stored_settings
 from models.checkpoint import read_manifest
 from models.generate import SamplingConfig
 from models.gpt import GPTConfig
 from models.vq import VQConfig
+from utils.files import parse_json, read_text
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
                 "pytorch_model.bin.index.json")

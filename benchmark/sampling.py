@@ -28,13 +28,13 @@ from tqdm import tqdm
 from benchmark.evaluation_report import SETTINGS_FILE, read_json
 from benchmark.lookup import Model, find_model
 from dataset import Condition
-from dataset.images import read_image
-from models import distributed
 from models.build import PolicyConfig
-from models.config import parse_args
 from models.generate import SamplingConfig
 from models.policy import Policy, to_uint8
-from models.run_folder import atomic_write_text
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import parse_args
+from utils.image_files import read_image
 
 IMAGE, LABEL = 0, 1  # what a random number is for: the `step` of dataset.sampler.row_seed
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"

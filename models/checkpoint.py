@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text, refuse_compressed
 from models.gpt import GPT, GPT_SIZES, GPTConfig, rope_table
 from models.lora import merged_state
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from utils.files import parse_json, read_text, refuse_compressed
 
 
 class Kind(NamedTuple):

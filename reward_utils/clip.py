@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, locate
+from utils.files import parse_json, read_text
 
 CACHED_PROMPTS = 65536  # 268 MB at D = 1024
 

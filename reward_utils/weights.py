@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset.files import refuse_compressed
 from reward_utils.settings import RewardSettings
+from utils.files import refuse_compressed
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", re.ASCII)
 # What torch.load and safetensors are seen to raise on damaged or foreign files, beside their own errors.

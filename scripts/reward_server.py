@@ -1,6 +1,6 @@
 """Serves local rewards to other processes and hosts, over JSON:
 
-    REWARD_SERVER_API_KEY=... python -m reward_utils.server --reward hpsv2_text --port 8100 --host 0.0.0.0
+    REWARD_SERVER_API_KEY=... python -m scripts.reward_server --reward hpsv2_text --port 8100 --host 0.0.0.0
     python train_t2i.py ... --reward_servers hpsv2_text=http://gpu7:8100    # with the same key in the environment
 
 POST /score  {"images": [base64 of a PNG or JPEG, ...], "prompts": [...], "metadata": [{...}, ...] (may be left out)}
@@ -33,12 +33,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dataset.files import parse_json
 from img_gen_grpo_rewards import RewardResult, RewardSet
-from models.config import one_line_errors, parse_args
 from reward_utils.remote import checked_key
 from reward_utils.settings import RewardSettings
 from reward_utils.wire import decode_image
+from utils.config import one_line_errors, parse_args
+from utils.files import parse_json
 
 KEY_VARIABLE = "REWARD_SERVER_API_KEY"
 OF_THE_WHOLE_BATCH = {"fid"}  # an image's score depends on its neighbours: requests must not be mixed

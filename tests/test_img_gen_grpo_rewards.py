@@ -214,7 +214,7 @@ def test_reference_images_come_from_the_prompt_file(folder, capsys):
 
 
 def test_an_image_that_claims_too_many_pixels_is_refused(folder, monkeypatch):
-    monkeypatch.setattr("dataset.images.MAX_PIXELS", 100)
+    monkeypatch.setattr("utils.image_files.MAX_PIXELS", 100)
     with pytest.raises(ValueError, match="2.png: 16x16 pixels, more than the 100 allowed"):
         main(["--reward_funcs", "level", "--images", str(folder / "images"), "--prompts",
               str(folder / "prompts.txt")])

@@ -17,43 +17,43 @@ EVERYTHING = None
 ALLOWED = {
     "train_c2i": EVERYTHING, "train_t2i": EVERYTHING, "sample_c2i": EVERYTHING, "sample_t2i": EVERYTHING,
     "pretrain": EVERYTHING, "test_t2i_rewards": EVERYTHING,
-    "grpo_trainer": {"models.distributed", "models.evaluation", "models.guards", "models.memory", "models.optimizer",
-                     "models.reference", "models.report", "models.statistics", "models.training_state",
+    "grpo_trainer": {"utils.distributed", "trainer_utils.evaluation", "trainer_utils.guards", "trainer_utils.memory", "trainer_utils.optimizer",
+                     "trainer_utils.reference", "trainer_utils.report", "trainer_utils.statistics", "trainer_utils.checkpoints",
                      "dataset.sampler"},
-    "img_gen_grpo_rewards": {"reward_utils", "dataset", "models.config", "models.run_folder"},
-    "fid_evaluation": {"reward_utils.inception", "reward_utils.fid_math", "reward_utils.image_files",
-                       "reward_utils.npz", "models.distributed"},
+    "img_gen_grpo_rewards": {"reward_utils", "dataset", "utils.config", "trainer_utils.run_folder"},
+    "fid_evaluation": {"reward_utils.inception", "reward_utils.fid_math", "utils.image_files",
+                       "utils.npz", "utils.distributed"},
     "reward_utils": {"reward_utils", "dataset"},
-    "reward_utils.server": {"reward_utils", "img_gen_grpo_rewards", "models.config", "dataset.files"},  # a script
+    "scripts.reward_server": {"reward_utils", "img_gen_grpo_rewards", "utils.config", "utils.files"},  # a script
     "dataset": {"dataset"},
     "dataset.encode_prompts": {"dataset", "models.text"},
     "models": set(),  # every model file without a row of its own is a leaf
-    "models.config": {"dataset.files"},
-    "models.report": {"dataset.files"},
-    "models.text": {"dataset.files"},
+    "utils.config": {"utils.files"},
+    "trainer_utils.report": {"utils.files"},
+    "models.text": {"utils.files"},
     "models.decoder": {"models.gpt", "models.graphs", "models.head"},
     "models.generate": {"models.decoder", "models.gpt", "models.graphs"},
     "models.lora": {"models.gpt", "models.head"},
-    "models.evaluation": {"models.distributed", "models.statistics"},
-    "models.training_state": {"models.distributed", "models.guards", "models.lora"},
-    "models.reference": {"models.distributed", "models.lora", "models.policy"},
+    "trainer_utils.evaluation": {"utils.distributed", "trainer_utils.statistics"},
+    "trainer_utils.checkpoints": {"utils.distributed", "trainer_utils.guards", "models.lora"},
+    "trainer_utils.reference": {"utils.distributed", "models.lora", "models.policy"},
     "models.policy": {"models.decoder", "models.generate", "models.gpt", "models.head", "models.streams", "models.vq",
                       "models.text"},
-    "models.checkpoint": {"dataset.files", "models.lora", "models.policy", "models.gpt", "models.vq", "models.text",
-                          "models.config", "models.run_folder"},
-    "models.run_folder": {"dataset.files"},
+    "models.checkpoint": {"utils.files", "models.lora", "models.policy", "models.gpt", "models.vq", "models.text",
+                          "utils.config", "trainer_utils.run_folder"},
+    "trainer_utils.run_folder": {"utils.files"},
     "models.build": {"models.checkpoint", "models.generate", "models.gpt", "models.policy", "models.text"},
     "benchmark.shapes.sweep": EVERYTHING,
     "benchmark.speed": {"benchmark", "dataset", "grpo_trainer", "img_gen_grpo_rewards", "models", "reward_utils"},
     "benchmark.speed.plan": EVERYTHING,  # it reads the trainers' own flags
     "benchmark": {"benchmark", "dataset", "reward_utils", "img_gen_grpo_rewards", "fid_evaluation", "models"},
     "scripts": set(),
-    "scripts.pretraining": {"models.gpt"},
+    "trainer_utils.pretraining": {"models.gpt"},
     "scripts.crosscheck": {"reward_utils"},
 }
 ENTRY_POINTS = ("train_c2i", "train_t2i", "sample_c2i", "sample_t2i", "pretrain", "fid_evaluation",
                 "test_t2i_rewards")
-MAY_USE_TORCH_DISTRIBUTED = {"grpo_trainer", "models.distributed", "scripts.run_workers"}  # the last: torchrun
+MAY_USE_TORCH_DISTRIBUTED = {"grpo_trainer", "utils.distributed", "scripts.run_workers"}  # the last: torchrun
 # style.md: about 400 lines a file; the trainer is the one that comes near 450
 MAX_FILE_LINES, MAX_LINE, MAX_PARAMETERS, MAX_FUNCTION_LINES = 450, 120, 8, 60
 LONGER_FUNCTIONS = {("grpo_trainer", "GRPOTrainer.train"): 100}
@@ -157,7 +157,7 @@ def distributed_uses(module, path):
     uses |= any(isinstance(node, ast.Attribute) and ast.unparse(node) == "torch.distributed"
                 for node in ast.walk(tree(path)))
     if uses:
-        yield f"{module} uses torch.distributed; go through models.distributed"
+        yield f"{module} uses torch.distributed; go through utils.distributed"
 
 
 def oversizes(module, path):

@@ -20,7 +20,6 @@ from benchmark.sampling import Job, SampleConfig, decode_resized, pending, read_
 from dataset import shapes
 from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import KINDS, export_llamagen, load_gpt, save_model
-from models.config import one_line_errors
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
 from models.policy import to_uint8
@@ -28,6 +27,7 @@ from models.text import make_tiny_t5
 from models.vq import VQConfig, VQModel
 from reward_utils.inception import ShapesFeatures
 from tests.golden.recipe import recipe_
+from utils.config import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 CODES, CLASSES, SLOTS, WIDTH, SIZE = 16, 32, 8, 16, 64

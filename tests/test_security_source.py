@@ -10,15 +10,15 @@ SKIPPED = {"tests", ".venv", ".git"}
 
 # A call of the first may stand in the second alone.
 ONLY_IN = {
-    "json.loads": {"dataset.files", "reward_utils.remote",  # the two that bound what comes from outside
-                   "models.run_folder", "models.report", "benchmark.shapes.sweep",  # lines of the project's own logs
-                   "models.config", "scripts.run_workers",  # how a process of the job ended
+    "json.loads": {"utils.files", "reward_utils.remote",  # the two that bound what comes from outside
+                   "trainer_utils.run_folder", "trainer_utils.report", "benchmark.shapes.sweep",  # lines of the project's own logs
+                   "utils.config", "scripts.run_workers",  # how a process of the job ended
                    "scripts.crosscheck.compare", "scripts.crosscheck.original"},  # what the other of the two wrote
     "json.load": set(),
-    "urllib.request.urlopen": {"reward_utils.download"},
-    "subprocess.run": {"models.report", "benchmark.shapes.sweep", "scripts.pretraining", "scripts.run_workers"},
+    "urllib.request.urlopen": {"utils.download"},
+    "subprocess.run": {"trainer_utils.report", "benchmark.shapes.sweep", "trainer_utils.pretraining", "scripts.run_workers"},
     "pickle.dumps": {"reward_utils.legacy_pickle"},
-    "yaml.compose": {"dataset.files"},
+    "yaml.compose": {"utils.files"},
 }
 NEVER = {
     "eval", "exec", "compile", "__import__", "input", "os.system", "os.popen", "importlib.import_module",
@@ -121,7 +121,7 @@ def findings(module, text):
 def test_no_source_runs_what_it_reads():
     found = [f"{module} {finding}" for module, path in sources() for finding in findings(module, path.read_text())]
     assert not found, "\n".join(found)
-    assert {"dataset.files", "models.checkpoint", "train_c2i", "scripts.pretraining"} <= dict(sources()).keys()
+    assert {"utils.files", "models.checkpoint", "train_c2i", "trainer_utils.pretraining"} <= dict(sources()).keys()
 
 
 @pytest.mark.parametrize("text, finding", [

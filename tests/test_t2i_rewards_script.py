@@ -22,7 +22,7 @@ from benchmark.prompt_scores import TRAINING_SCALE, ImageScores, format_summary,
 from dataset import shapes
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import REWARDS, Reward, RewardResult, RewardSet
-from models.config import one_line_errors
+from utils.config import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 WEIGHTS = ROOT / "models" / "pretrained" / "shapes" / "gpt_t2i"

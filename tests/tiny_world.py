@@ -16,9 +16,9 @@ from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import save_model
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
-from models.run_folder import RunFolder
 from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
+from trainer_utils.run_folder import RunFolder
 
 CODES, CLASSES, SIDE = 16, len(CLASS_NAMES), 4
 CONDITIONS = class_conditions(CLASS_NAMES)  # the shapes rewards read their prompts

@@ -17,8 +17,9 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models import distributed, lora
-from models.guards import TrainingStopped
+from models import lora
+from trainer_utils.guards import TrainingStopped
+from utils import distributed
 
 logger = logging.getLogger(__name__)
 

@@ -5,8 +5,8 @@ import math
 import torch
 from torch import Tensor
 
-from models import distributed
-from models.statistics import nan_std, token_hamming
+from trainer_utils.statistics import nan_std, token_hamming
+from utils import distributed
 
 logger = logging.getLogger(__name__)
 

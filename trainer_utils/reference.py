@@ -17,9 +17,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from models import distributed
 from models.lora import adapted, base_alone
 from models.policy import Policy, Scorer
+from utils import distributed
 
 KINDS = ("auto", "float32", "bf16", "cpu", "lora_base")
 

@@ -1,6 +1,6 @@
 """A finished (or running) run as one page: `report.html` and `reward_curve.png`, from what the run folder holds.
 
-    python -m models.report checkpoints/RUN
+    python -m trainer_utils.report checkpoints/RUN
 
 The page needs no other file: pictures and curves are embedded. It shows the first and the last sample grid, the
 held-out evaluation, the curves, the configuration and the versions. Leaves out: anything that is not in config.json,
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from dataset.files import parse_json, read_text
+from utils.files import parse_json, read_text
 
 STDERR = "_stderr"
 REWARD_PANEL = "Training reward"
@@ -236,7 +236,7 @@ def page(parts: list[str], title: str = "Run report") -> str:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m models.report RUN_FOLDER")
+        raise SystemExit("usage: python -m trainer_utils.report RUN_FOLDER")
     try:
         path = write_report(Path(sys.argv[1]))
     except (ValueError, OSError) as error:

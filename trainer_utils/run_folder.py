@@ -21,7 +21,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from dataset.files import inside, parse_json, read_text
+from utils.atomic import TEMPORARY, atomic_write_bytes, atomic_write_text, fsync
+from utils.files import inside, parse_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +38,6 @@ RESUMABLE_CHANGES = (
     # where and how rewards are computed, not what they are
     "reward_models", "reward_batch_size", "reward_device", "offload_rewards", "deqa_url", "unireward_url", "qwenvl_url",
     "geneval_url", "reward_servers", "reward_deadline", "reward_retries", "reward_concurrency")
-_TEMPORARY = ".tmp-"
 _REPLACED = ".replaced"
 _PICTURE_SIZE = 128  # pictures smaller than this are enlarged in the grids, so that captions fit under them
 _CAPTION_LINES = 4  # for each paragraph of a caption
@@ -121,14 +121,14 @@ class RunFolder:
 
     def open_checkpoint(self, step: int) -> Path:
         """An empty temporary folder for the files of checkpoint-STEP; `commit_checkpoint` makes it one."""
-        temporary = self.path / f"{_TEMPORARY}checkpoint-{step}"
+        temporary = self.path / f"{TEMPORARY}checkpoint-{step}"
         temporary.mkdir()
         return temporary
 
     def commit_checkpoint(self, step: int, total_limit: int | None = None) -> Path:
         assert total_limit is None or total_limit >= 1, f"total_limit {total_limit} would keep no checkpoint"
         final = self.path / f"checkpoint-{step}"
-        temporary = self.path / f"{_TEMPORARY}{final.name}"
+        temporary = self.path / f"{TEMPORARY}{final.name}"
         _seal(temporary)
         _replace_folder(temporary, final)
         if total_limit is not None:
@@ -137,7 +137,7 @@ class RunFolder:
 
     def abandon_checkpoint(self) -> None:
         """Removes what was opened and not committed."""
-        for temporary in self.path.glob(f"{_TEMPORARY}checkpoint-*"):
+        for temporary in self.path.glob(f"{TEMPORARY}checkpoint-*"):
             shutil.rmtree(temporary, ignore_errors=True)
 
     def latest_checkpoint(self, before: int | None = None) -> tuple[Path, int] | None:
@@ -218,7 +218,7 @@ class RunFolder:
 
     def _clean_up(self) -> None:
         """Mends what a killed process left: half-written files, and a checkpoint caught while it was replaced."""
-        for leftover in self.path.glob(f"{_TEMPORARY}*"):
+        for leftover in self.path.glob(f"{TEMPORARY}*"):
             if leftover.is_dir():
                 shutil.rmtree(leftover)
             else:
@@ -258,23 +258,6 @@ def checkpoint_damage(folder: Path) -> str | None:
     return None
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    atomic_write_bytes(path, text.encode("utf-8"))
-
-
-def atomic_write_bytes(path: Path, content: bytes) -> None:
-    """Readers, and a restart after a crash, see the old content or the new one, never a part."""
-    path = Path(path)
-    temporary = path.with_name(f"{_TEMPORARY}{path.name}")
-    try:
-        temporary.write_bytes(content)
-        _fsync(temporary)
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-    _fsync(path.parent)
-
-
 def _seal(folder: Path) -> None:
     """Adds checksums.json and waits until all of the folder is on the disk."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
@@ -282,8 +265,8 @@ def _seal(folder: Path) -> None:
     checksums = {path.relative_to(folder).as_posix(): _sha256(path) for path in files}
     (folder / CHECKSUMS).write_text(json.dumps(checksums, indent=2) + "\n", encoding="utf-8")
     for path in folder.rglob("*"):
-        _fsync(path)
-    _fsync(folder)
+        fsync(path)
+    fsync(folder)
 
 
 def _replace_folder(temporary: Path, final: Path) -> None:
@@ -292,16 +275,8 @@ def _replace_folder(temporary: Path, final: Path) -> None:
     if final.exists():
         final.rename(old)
     temporary.rename(final)
-    _fsync(final.parent)
+    fsync(final.parent)
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _sha256(path: Path) -> str:

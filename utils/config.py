@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_type_hints
 
-from dataset.files import compose_yaml, one_line, yaml_value
+from utils.files import compose_yaml, one_line, yaml_value
 
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEBUG_VARIABLE = "ARGRPO_DEBUG"

@@ -62,7 +62,7 @@ def shutdown() -> None:
 class PeerLost(ConnectionError):
     """Another process has ended or does not answer: this one can only end, too."""
 
-    consequence = True  # the other's error is the one to show (models/config.py)
+    consequence = True  # the other's error is the one to show (utils/config.py)
 
 
 @contextmanager

@@ -1,11 +1,16 @@
-"""Sets of images, batch by batch: an .npz file (`arr_0`, uint8 [N, H, W, 3]) or a folder of PNG, JPEG or WebP files.
+"""Images from outside, within bounds: one file, or sets batch by batch, an .npz file (`arr_0`, uint8 [N, H, W, 3]) or a
+folder of PNG, JPEG or WebP files.
 
+    image = read_image(path, path)             # uint8 [H, W, 3]
     for batch in read_batches(path, 256):      # batch.images: uint8 [n, H, W, 3]
 
 Only one batch is in memory; several processes take shares that don't overlap. Left out: folders inside the folder,
 arrays in Fortran order, pixels deeper than 8 bits.
 """
 import math
+import os
+import struct
+import zlib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -13,13 +18,76 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
-from dataset.images import IMAGE_SUFFIXES, check_size, read_image
-from reward_utils.npz import npz_keys, open_array, open_npz
+from utils.files import one_line, require_regular
+from utils.npz import npz_keys, open_array, open_npz
 
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+# Only these decoders are ever tried, whatever a file is called: PIL has one that starts Ghostscript (EPS), and many
+# that few have looked at.
+FORMATS = ("PNG", "JPEG", "WEBP")
+COLOURS = ("RGB", "RGBA", "L", "LA", "P", "1")
+MAX_PIXELS = 100_000_000  # a small file can claim far more memory than it brings
+LIMIT_VARIABLE = "ARGRPO_MAX_PIXELS"  # in its place, for all that reads images; Pillow itself stops at 178,956,970
+MAX_ASPECT = 100  # a line of pixels, resized by its short side, would be far larger than the file's picture
+# What PIL is seen to raise for damaged files; a broken PNG is a SyntaxError. The warning: where warnings are errors.
+DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
+           Image.DecompressionBombError, Image.DecompressionBombWarning)
 MAX_BATCH_BYTES = 1 << 29  # large images come in smaller batches
 NUM_THREADS = 8  # Pillow decodes outside the interpreter's lock
 
+
+# ---- one image -------------------------------------------------------------------------------------------------------
+
+class Refused(ValueError):
+    """A readable image that is not taken."""
+
+
+def max_pixels() -> int:
+    """Of one image: MAX_PIXELS, or what the environment gives in its place."""
+    given = os.environ.get(LIMIT_VARIABLE)
+    if given is None:
+        return MAX_PIXELS
+    if not (given.isascii() and given.isdigit()) or len(given) > 12 or int(given) < 1:
+        raise ValueError(f"{LIMIT_VARIABLE} must be a number of pixels, got {given[:40]!r}")
+    return int(given)
+
+
+def check_size(width: int, height: int, name: str | Path, limit: int | None = None) -> None:
+    """Before any memory is taken: ValueError for a picture that is too large, empty, or next to a line."""
+    limit = max_pixels() if limit is None else limit
+    if width * height > limit:
+        raise Refused(f"{name}: {width}x{height} pixels, more than the {limit} allowed")
+    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
+        raise Refused(f"{name}: {width}x{height} pixels are no picture; its sides may differ by a factor of "
+                      f"{MAX_ASPECT}")
+
+
+def read_image(source, name: str | Path, limit: int | None = None, formats: tuple = FORMATS,
+               modes: tuple = COLOURS) -> np.ndarray:
+    """uint8 [H, W, 3] of an image file (a path or an open binary stream); `name` is what a complaint calls it.
+
+    Every image from outside is read here. limit: its pixels, None for `max_pixels()`.
+    """
+    try:
+        if isinstance(source, (str, Path)):
+            require_regular(Path(source), name)
+        with Image.open(source, formats=formats) as file:
+            check_size(file.width, file.height, name, limit)  # nothing is decompressed yet
+            if file.mode not in modes:
+                raise Refused(f"{name}: pixels of mode {file.mode}, wanted 8-bit colours ({', '.join(modes)})")
+            # MPO: a phone's photograph, whose further pictures are its depth or preview
+            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
+                raise Refused(f"{name}: an animation of {file.n_frames} pictures, wanted one")
+            return np.asarray(file.convert("RGB"))
+    except Refused:
+        raise
+    except DAMAGED as error:
+        raise ValueError(f"{name}: not a readable image, wanted {' or '.join(formats)} ({one_line(error)})") from error
+
+
+# ---- sets ------------------------------------------------------------------------------------------------------------
 
 class Batch(NamedTuple):
     indices: np.ndarray  # int64 [n], positions in the whole set

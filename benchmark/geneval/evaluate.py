@@ -22,13 +22,13 @@ from tqdm import tqdm
 from benchmark.evaluation_report import write_report
 from benchmark.geneval.summary import format_summary, summarize
 from dataset import shapes
-from dataset.files import parse_json, read_text
-from dataset.images import read_image
-from models import distributed
-from models.config import one_line_errors, parse_args
-from models.run_folder import atomic_write_text
 from reward_utils.geneval import GenevalScorer, ShapesScorer, record_problem
 from reward_utils.settings import RewardSettings
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors, parse_args
+from utils.files import parse_json, read_text
+from utils.image_files import read_image
 
 NUM_READERS = 4
 SCORERS = {"mask2former": GenevalScorer, "shapes": lambda settings, device: ShapesScorer()}

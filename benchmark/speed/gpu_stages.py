@@ -22,11 +22,11 @@ from torch import Tensor
 from benchmark.speed import end_to_end, rewards, rollout, train_step
 from benchmark.speed.roofline import decode_work, measure_ceilings, seconds_of, synchronize
 from benchmark.speed.setup import machine_name, random_condition, random_gpt, random_vq, vq_config
-from models.distributed import Metrics
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.policy import Policy, Scorer
 from models.streams import Beside
+from utils.distributed import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE_TESTS = ["test_kernels.py", "test_gpu.py", "test_streams.py", "test_decoder.py", "test_sharding.py",
@@ -256,7 +256,7 @@ def training(setting: Setting) -> dict:
 
 def largest_tensor(config: train_step.TrainStepConfig) -> float:
     """Of our step, as the operations make them."""
-    from models.memory import Meter
+    from trainer_utils.memory import Meter
 
     step, minibatch = train_step.lean_step(config), train_step.random_minibatch(config)
     metrics = Metrics(torch.device(config.device))

@@ -17,10 +17,10 @@ import torch
 from benchmark.speed.roofline import measure_ceilings
 from benchmark.speed.setup import ModelFlags, machine_name
 from models import kernels
-from models.config import one_line_errors, parse_args
 from models.decoder import LayerWeights, OuterWeights
 from models.gpt import GPTConfig, KVCache, rope_table
 from models.kernels import Tile
+from utils.config import one_line_errors, parse_args
 
 REPLAYS = 10
 # What is tried for few, some and many rows; positions and warps of `attend`.

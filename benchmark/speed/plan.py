@@ -18,9 +18,9 @@ from benchmark.speed import end_to_end, planner
 from benchmark.speed.setup import vq_config
 from models.build import PolicyConfig
 from models.checkpoint import read_manifest
-from models.config import key_names, one_line_errors, parse_args
 from models.gpt import GPT_SIZES, GPTConfig
 from models.vq import VQConfig
+from utils.config import key_names, one_line_errors, parse_args
 
 NOWHERE = "none"  # stands for a file that a plan doesn't read
 

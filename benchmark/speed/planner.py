@@ -15,10 +15,9 @@ from benchmark.speed.roofline import Ceilings, decode_work, forward_flops, measu
 from benchmark.speed.setup import machine_name
 from models.decoder import native_bfloat16, rows_that_fit
 from models.gpt import GPTConfig
-from models.memory import SHARE, free_bytes
-from models.memory import rows_that_fit as images_that_fit
 from models.policy import default_rollout_dtype
 from models.vq import VQConfig
+from trainer_utils.memory import SHARE, free_bytes, rows_that_fit as images_that_fit
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PREFETCHED = 2  # blocks whose weights a sharded pass holds at a time: this one, and the next on its way
@@ -150,7 +149,7 @@ def rollout_parts(job: Job, machine: Machine, weights: on_paper.Weights, standin
              "logits": num_images * gpt.vocab_size * (48 if on_gpu else 20)}
     if job.lora.lora_rank:
         parts["merged block"] = 4 * weights.matrices / gpt.n_layer
-    if job.shard_group > 1:  # models.distributed.gathered: all of them, from the rollout's begin to its end
+    if job.shard_group > 1:  # utils.distributed.gathered: all of them, from the rollout's begin to its end
         parts["gathered weights"] = (job.autocast_dtype or F32).itemsize * weights.matrices + 4 * weights.outside
     return parts, num_images
 

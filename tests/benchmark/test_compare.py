@@ -9,7 +9,7 @@ from PIL import Image
 
 from benchmark import compare
 from benchmark.prompt_scores import ImageScores, write_scores
-from models.config import one_line_errors
+from utils.config import one_line_errors
 
 NAN = math.nan
 

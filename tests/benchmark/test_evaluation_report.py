@@ -13,7 +13,7 @@ from PIL import Image
 from benchmark import evaluation_report
 from benchmark.evaluation_report import THUMBNAIL, contact_sheet, image_files, rank_prompts, write_report
 from benchmark.prompt_scores import ImageScores, write_scores
-from models.config import one_line_errors
+from utils.config import one_line_errors
 
 FIGURE = re.compile(r'<figcaption>([^<]*)</figcaption><img alt="[^"]*" src="data:image/jpeg;base64,([^"]*)"')
 

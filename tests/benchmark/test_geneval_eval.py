@@ -14,12 +14,12 @@ from PIL import Image
 from benchmark.geneval import evaluate, summary
 from benchmark.geneval.summary import format_summary, read_results, summarize
 from dataset import shapes
-from models.config import one_line_errors
 from reward_utils import mask2former
 from reward_utils.geneval import COLORS
 from tests.tiny_geneval import rendered, write_clip, write_folder, write_mmdet
+from utils.config import one_line_errors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FIELDS = ["filename", "tag", "prompt", "correct", "reason", "metadata", "details"]
 
 

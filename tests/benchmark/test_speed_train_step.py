@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from benchmark.speed import roofline, train_step, vq
-from models.distributed import Metrics
 from models.gpt import GPT_SIZES
 from models.vq import VQ_SIZES
+from utils.distributed import Metrics
 
 CPU = torch.device("cpu")
 

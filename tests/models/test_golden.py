@@ -12,7 +12,7 @@ from models.gpt import GPT, GPTConfig
 from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
 
-GOLDEN = Path(__file__).parent / "golden"
+GOLDEN = Path(__file__).parents[1] / "golden"
 CASES = json.loads((GOLDEN / "manifest.json").read_text())
 GPT_CASES = [name for name, case in CASES.items() if case["kind"] == "gpt"]
 VQ_CASES = [name for name, case in CASES.items() if case["kind"] == "vq"]

@@ -10,13 +10,13 @@ from safetensors.torch import load_file
 import grpo_trainer
 import train_c2i
 from models.checkpoint import load_gpt, save_model
-from models.config import one_line_errors
 from models.generate import SamplingConfig, generate
 from models.lora import LoRAConfig, adapted, add_adapters, base_alone, merged_state
 from models.policy import Scorer
-from models.reference import Reference
 from tests.test_policy import tiny_condition, tiny_gpt
 from tests.tiny_world import command_line
+from trainer_utils.reference import Reference
+from utils.config import one_line_errors
 
 CONFIG = LoRAConfig(lora_rank=3, lora_alpha=6.0)
 

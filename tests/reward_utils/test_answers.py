@@ -9,7 +9,7 @@ import torch
 
 from reward_utils.answers import parse_all, parse_final_score, parse_score_json, score_is_written, shorten
 
-GOLDEN = json.loads((Path(__file__).parent / "golden" / "rewards" / "text_parsers.json").read_text())
+GOLDEN = json.loads((Path(__file__).parents[1] / "golden" / "rewards" / "text_parsers.json").read_text())
 
 # what AR-GRPO's parser (json_repair 0.64.6) makes of further answers; None: it raises
 ORIGINAL = [

@@ -10,7 +10,7 @@ from reward_utils import fid_math
 from reward_utils.fid_math import Moments, bootstrap_interval, kernel_distance, moments
 from tests.golden.rewards.rule import gauss
 
-FOLDER = Path(__file__).parent / "golden"
+FOLDER = Path(__file__).parents[1] / "golden"
 
 
 @pytest.fixture(scope="module")

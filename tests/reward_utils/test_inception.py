@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from reward_utils import inception
-from reward_utils.download import download
 from reward_utils.inception import extract, extract_all, find_inception, load_features
 from reward_utils.inception_v3 import InceptionFeatures, resize_tf1
 from tests.golden.rewards.rule import fill_state_dict, image_u8
+from utils.download import download
 
-GOLDEN = Path(__file__).parent / "golden" / "rewards"
+GOLDEN = Path(__file__).parents[1] / "golden" / "rewards"
 NAME = "pt_inception-2015-12-05-6726825d.pth"
 
 

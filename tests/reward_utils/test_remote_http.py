@@ -7,7 +7,6 @@ import time
 import pytest
 import torch
 
-from models.config import parse_args, resolved
 from reward_utils import remote
 from reward_utils.deqa_client import DeQAClient
 from reward_utils.geneval_client import GenEvalClient
@@ -17,6 +16,7 @@ from reward_utils.settings import RewardSettings
 from reward_utils.unireward_client import UniRewardClient
 from tests.fake_server import (  # noqa: F401  serve: a fixture
     KEY, SLACK_SEC, always_500, close, drip_body, hang, serve, settings)
+from utils.config import parse_args, resolved
 
 IMAGES = torch.zeros(5, 3, 16, 16, dtype=torch.uint8)
 

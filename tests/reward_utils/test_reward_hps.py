@@ -14,7 +14,7 @@ from reward_utils.hps import HPSScorer, hps_pixels
 from reward_utils.pixels import normalize
 from reward_utils.settings import RewardSettings
 
-GOLDEN = Path(__file__).parent / "golden/rewards"
+GOLDEN = Path(__file__).parents[1] / "golden/rewards"
 SMALL = json.loads((GOLDEN / "hps_small.json").read_text(encoding="utf-8"))
 SIZES = {"sq256": (256, 256), "wide": (192, 320)}
 CPU = torch.device("cpu")

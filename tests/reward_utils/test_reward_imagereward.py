@@ -13,7 +13,7 @@ from reward_utils.pixels import CLIP_MEAN, CLIP_STD, to_pil
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import fill
 
-GOLDEN = Path(__file__).parent / "golden/rewards"
+GOLDEN = Path(__file__).parents[1] / "golden/rewards"
 SMALL = json.loads((GOLDEN / "imagereward_small.json").read_text(encoding="utf-8"))
 SPEC = importlib.util.spec_from_file_location("golden_rule", GOLDEN / "rule.py")
 RULE = importlib.util.module_from_spec(SPEC)

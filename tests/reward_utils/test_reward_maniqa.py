@@ -13,7 +13,7 @@ from reward_utils.maniqa_net import ManiqaNet, from_windows, shift_mask, sizes_o
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import fill
 
-GOLDEN = Path(__file__).parent / "golden/rewards"
+GOLDEN = Path(__file__).parents[1] / "golden/rewards"
 FULL = json.loads((GOLDEN / "maniqa.json").read_text(encoding="utf-8"))
 SPEC = importlib.util.spec_from_file_location("golden_rule", GOLDEN / "rule.py")
 RULE = importlib.util.module_from_spec(SPEC)

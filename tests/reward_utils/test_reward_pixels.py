@@ -21,7 +21,7 @@ from reward_utils.quantize import FID_BOUNDS, FID_REWARDS
 from reward_utils.reference_image import MseScorer, centre_crop
 from reward_utils.settings import RewardSettings
 
-GOLDEN = Path(__file__).parent / "golden/rewards"
+GOLDEN = Path(__file__).parents[1] / "golden/rewards"
 HEADS = GOLDEN / "lpips_vgg_heads.pth"
 LPIPS = json.loads((GOLDEN / "lpips_vgg.json").read_text(encoding="utf-8"))
 SPEC = importlib.util.spec_from_file_location("golden_rule", GOLDEN / "rule.py")

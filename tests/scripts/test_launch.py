@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 SLURM = {"SLURM_JOB_ID": "100", "SLURM_STEP_ID": "1", "SLURM_NNODES": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1",
          "SLURM_NODEID": "1", "SLURM_LOCALID": "0", "SLURM_JOB_NODELIST": "gpu[007-008]", "SLURM_GPUS_ON_NODE": "4"}
 FAKE_PYTHON = """#!/bin/bash

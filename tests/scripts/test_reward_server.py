@@ -20,13 +20,13 @@ import torch
 from PIL import Image
 
 from img_gen_grpo_rewards import REWARDS, Reward, RewardResult, RewardSet
-from reward_utils import server as server_module
 from reward_utils.remote_reward import RemoteScorer
-from reward_utils.server import OF_THE_WHOLE_BATCH, RewardServer, ServerConfig, make_server
 from reward_utils.settings import RewardSettings
 from reward_utils.wire import base64_text, png
+from scripts import reward_server as server_module
+from scripts.reward_server import OF_THE_WHOLE_BATCH, RewardServer, ServerConfig, make_server
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 KEY = "s3cret-key"
 IMAGES = torch.randint(0, 256, (6, 3, 16, 24), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
 PROMPTS = [f"prompt {i}" for i in range(6)]
@@ -390,7 +390,7 @@ def test_no_reward_server_there(serve):
 def test_the_command_serves_and_ends_on_sigterm():
     """One process start (torch's import): serves a shapes reward, and ends at once although a client is connected."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "reward_utils.server", "--reward", "shapes_quality", "--port", "0"], cwd=ROOT, text=True,
+        [sys.executable, "-m", "scripts.reward_server", "--reward", "shapes_quality", "--port", "0"], cwd=ROOT, text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from torch.distributed import DistBackendError
 
-from models import distributed
 from scripts.run_workers import HUNG, Failure, outcome
 from tests.tiny_world import command_line, make_world
 from train_c2i import RunConfig
+from utils import distributed
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 def failure(rank, time_sec, code=1, message="", consequence=False):
@@ -49,7 +49,7 @@ import os, signal, sys, time
 from pathlib import Path
 rank, folder = int(os.environ["RANK"]), Path(__file__).parent
 sys.path.insert(0, os.getcwd())
-from models.config import one_line_errors
+from utils.config import one_line_errors
 """
 WAITS = PRELUDE + """
 def stop(signum, frame):
@@ -90,7 +90,7 @@ with one_line_errors(), distributed.translated_errors():
 DIES_ONCE = PRELUDE + """
 import train_c2i
 from models import distributed
-from models.training_state import Checkpoints
+from trainer_utils.checkpoints import Checkpoints
 save = Checkpoints.save
 
 def save_and_die(checkpoints, step, **options):
@@ -208,7 +208,7 @@ def test_after_a_restart_training_resumes_from_its_checkpoint(start, tmp_path):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="prctl is Linux's")
 def test_a_process_whose_launcher_is_gone_ends():
-    text = "from models import config, distributed\nwith config.one_line_errors(): distributed.setup()"
+    text = "from utils import config, distributed\nwith config.one_line_errors(): distributed.setup()"
     env = {**os.environ, "TORCHELASTIC_RUN_ID": "x", "ARGRPO_LAUNCHER_PID": str(os.getppid())}
     done = subprocess.run([sys.executable, "-c", text], cwd=ROOT, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "error: the launcher that started this process is gone\n")

@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 
 import grpo_trainer
 from grpo_trainer import GRPOConfig, TrainingStopped
-from models import training_state
-from models.guards import divergence
 from tests.tiny_world import make_trainer, weights
+from trainer_utils import checkpoints as training_state
+from trainer_utils.guards import divergence
 
 NAN = float("nan")
 FULL_DISK = OSError(28, "No space left on device")
@@ -251,7 +251,7 @@ def test_a_full_disk_stops_by_flag_and_at_the_end(world, tmp_path, monkeypatch, 
 
 def test_prompts_go_on_without_repeats_or_gaps_when_the_batch_changes(world, tmp_path, monkeypatch):
     """As on another number of processes: two steps of 4 prompts, then one of 8."""
-    monkeypatch.setattr("models.run_folder.RunFolder._refuse_changes", lambda *_: None)
+    monkeypatch.setattr("trainer_utils.run_folder.RunFolder._refuse_changes", lambda *_: None)
     asked = []
     for size, last in ((16, 2), (32, 3)):
         trainer = make_trainer(world, tmp_path, per_device_train_batch_size=size, exit_step=last)

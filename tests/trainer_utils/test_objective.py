@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from grpo_trainer import GRPOConfig, aggregate_advantages, group_advantages, grpo_loss, learning_rate
-from models.statistics import token_hamming
+from trainer_utils.statistics import token_hamming
 
 NAN = float("nan")
 

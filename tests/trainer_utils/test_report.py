@@ -1,4 +1,4 @@
-"""models/report.py: one page that needs no other file, whatever the run managed to log."""
+"""trainer_utils/report.py: one page that needs no other file, whatever the run managed to log."""
 
 import base64
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from models.report import PANELS, read_metrics, write_report
+from trainer_utils.report import PANELS, read_metrics, write_report
 
 PICTURE = re.compile(r'<figcaption>([^<]*)</figcaption><img alt="[^"]*" src="data:image/png;base64,([^"]*)"')
 
@@ -103,10 +103,10 @@ def test_no_metrics_or_no_run_is_one_clear_error(tmp_path):
 
 def test_command_line(tmp_path):
     run = make_run(tmp_path / "run", [{"step": 1, "reward": 1.0}])
-    root = Path(__file__).resolve().parent.parent
+    root = Path(__file__).resolve().parents[2]
 
     def call(folder):
-        command = [sys.executable, "-m", "models.report", str(folder)]
+        command = [sys.executable, "-m", "trainer_utils.report", str(folder)]
         return subprocess.run(command, cwd=root, capture_output=True, text=True)
 
     assert call(run).stdout.strip() == str(run / "report.html")

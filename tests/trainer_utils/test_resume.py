@@ -13,10 +13,10 @@ import pytest
 
 import grpo_trainer
 import train_c2i
-from models.config import one_line_errors
 from tests.tiny_world import command_line
+from utils.config import one_line_errors
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 STEPS = 12
 # Cosine and warm-up, several updates a step and a reference: all that has to continue where it stood.
 FLAGS = ["--exit_step", STEPS, "--save_steps", 3, "--eval_steps", 4, "--lr_scheduler", "cosine", "--warmup_steps", 2,

@@ -1,4 +1,4 @@
-"""models/run_folder.py: damage, failure and interruption never cost more than the work since the last checkpoint."""
+"""trainer_utils/run_folder.py: damage, failure and interruption never cost more than the work since the last checkpoint."""
 
 import json
 import logging
@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from models.run_folder import RunFolder, atomic_write_bytes, checkpoint_damage
+from trainer_utils.run_folder import RunFolder, checkpoint_damage
+from utils.atomic import atomic_write_bytes
 
 CONFIG = {"num_generations": 4, "beta": 0.01, "reward_weights": (1.0,), "exit_step": 10}
 
@@ -214,7 +215,7 @@ def test_a_disk_error_after_the_write_keeps_the_old_checkpoints(tmp_path, monkey
     def full(path):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("models.run_folder._fsync", full)
+    monkeypatch.setattr("trainer_utils.run_folder.fsync", full)
     with pytest.raises(OSError):
         run.save_checkpoint(2, writer(), 1)
     assert names(tmp_path) == ["checkpoint-1", "config.json"]
@@ -247,7 +248,7 @@ def test_atomic_write_leaves_the_old_content_on_failure(tmp_path, monkeypatch):
     def broken(source, target):
         raise OSError("disk")
 
-    monkeypatch.setattr("models.run_folder.os.replace", broken)
+    monkeypatch.setattr("trainer_utils.run_folder.os.replace", broken)
     with pytest.raises(OSError):
         atomic_write_bytes(path, b"new")
     assert path.read_bytes() == b"old" and names(tmp_path) == ["file"]

@@ -17,10 +17,10 @@ from torch import multiprocessing
 
 from benchmark.speed import scaling
 from grpo_trainer import GRPOConfig
-from models import distributed
 from models.lora import LoRAConfig, add_adapters
 from tests import tiny_world
 from tests.tiny_world import make_trainer, weights
+from utils import distributed
 
 OPTIONS = dict(num_generations=4, num_minibatches=2, beta=0.05, learning_rate=1e-4, sampling=dict(cfg_scale=2.0),
                save_steps=2, gradient_accumulation_steps=2, exit_step=5)
@@ -34,7 +34,7 @@ def train(world: Path, run: Path, checkpointing: bool = True, **changes) -> dict
     options = OPTIONS | dict(per_device_train_batch_size=IMAGES // 2 // distributed.world_size()) | changes
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("grpo_trainer.write_report", lambda folder: None)
-        patch.setattr("models.run_folder.RunFolder._refuse_changes", lambda *_: None)  # sizes change on purpose
+        patch.setattr("trainer_utils.run_folder.RunFolder._refuse_changes", lambda *_: None)  # sizes change on purpose
         trainer = make_trainer(world, run if distributed.is_main() else None, device=distributed.setup(), **options)
         trainer.scorer.gpt.gradient_checkpointing = checkpointing
         trainer.train()

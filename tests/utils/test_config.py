@@ -1,4 +1,4 @@
-"""models/config.py: flags and YAML become dataclasses; each mistake is one line that names it."""
+"""utils/config.py: flags and YAML become dataclasses; each mistake is one line that names it."""
 
 import json
 from dataclasses import dataclass, field
@@ -6,8 +6,8 @@ from typing import Literal, Optional
 
 import pytest
 
-from models import config
-from models.config import key_names, one_line_errors, parse_args, resolved
+from utils import config
+from utils.config import key_names, one_line_errors, parse_args, resolved
 
 
 @dataclass(frozen=True)

@@ -6,8 +6,8 @@ import torch
 from torch import multiprocessing
 
 from grpo_trainer import GRPOConfig
-from models import distributed
 from tests.tiny_world import Brightness, make_trainer, make_world, weights
+from utils import distributed
 
 PROMPTS = 8  # a step's, over all processes
 
