@@ -27,12 +27,12 @@ from dataset import Condition
 from dataset.images import ShapesImages
 from dataset.sampler import row_seed
 from dataset.shapes import IMAGE_SIZE
-from grpo_trainer import GRPOConfig
 from models.build import load_policy
 from models.lora import LoRAConfig
 from models.policy import Policy
 from reward_utils.settings import RewardSettings
-from train_c2i import RunConfig
+from trainer_utils.composition import RunConfig
+from trainer_utils.grpo_config import GRPOConfig
 from utils import distributed
 from utils.atomic import atomic_write_text
 from utils.config import key_names, one_line_errors

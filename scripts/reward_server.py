@@ -38,7 +38,7 @@ from reward_utils.remote import checked_key
 from reward_utils.settings import RewardSettings
 from reward_utils.wire import decode_image
 from utils.config import one_line_errors, parse_args
-from utils.files import parse_json
+from utils.files import one_line, parse_json
 
 KEY_VARIABLE = "REWARD_SERVER_API_KEY"
 OF_THE_WHOLE_BATCH = {"fid"}  # an image's score depends on its neighbours: requests must not be mixed
@@ -233,9 +233,9 @@ class Handler(http.server.BaseHTTPRequestHandler):
         if error is None:
             return as_json(future.result())
         if isinstance(error, ValueError):  # what a reward cannot take, e.g. a record that lacks something
-            raise RefusedRequest(400, _one_line(error))
+            raise RefusedRequest(400, one_line(error))
         log.error("scoring failed", exc_info=error)
-        raise RefusedRequest(500, f"scoring failed: {type(error).__name__}: {_one_line(error)}")
+        raise RefusedRequest(500, f"scoring failed: {type(error).__name__}: {one_line(error)}")
 
     def reply(self, status: int, answer: dict) -> None:
         data = json.dumps(answer).encode()
@@ -267,7 +267,7 @@ def parse_body(body: bytes):
     try:
         return parse_json(body.decode(), "the body")
     except ValueError as error:
-        raise RefusedRequest(400, _one_line(error)) from error
+        raise RefusedRequest(400, one_line(error)) from error
 
 
 def read_request(body: bytes) -> tuple[Tensor, list[str], list[dict]]:
@@ -301,7 +301,7 @@ def decode_images(encoded: list[str]) -> Tensor:
         try:
             images.append(decode_image(one, f"image {i}", MAX_REQUEST_PIXELS - pixels))
         except ValueError as error:
-            raise RefusedRequest(400, _one_line(error)) from error
+            raise RefusedRequest(400, one_line(error)) from error
         pixels += images[-1][0].numel()
         if images[-1].shape != images[0].shape:
             raise RefusedRequest(400, f"image {i} is {_size(images[-1])}, image 0 is {_size(images[0])}: a request's "
@@ -311,10 +311,6 @@ def decode_images(encoded: list[str]) -> Tensor:
 
 def _size(image: Tensor) -> str:
     return f"{image.shape[2]}x{image.shape[1]}"
-
-
-def _one_line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
 
 
 def as_json(result: RewardResult) -> dict:

@@ -16,11 +16,9 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.evaluation_report import read_json
 from benchmark.geneval.evaluate import read_record
 from benchmark.geneval.summary import read_results
 from benchmark.lookup import _run_config
-from dataset import images
 from dataset.images import captioned_folder, load_image
 from dataset.labels import load_class_names
 from dataset.prepare_coco import captions_by_image
@@ -40,7 +38,8 @@ from reward_utils.weights import load_state
 from tests.tiny_world import make_world
 from utils import files
 from utils.config import _read_preset, resolved
-from utils.image_files import count_images, read_batches, read_image
+from utils.files import read_object
+from utils.image_files import LIMIT_VARIABLE, count_images, read_batches, read_image
 
 TINY = GPTConfig(dim=32, n_layer=1, n_head=4, multiple_of=16, vocab_size=16, block_size=16)
 
@@ -177,7 +176,7 @@ def preset(path):
 
 TEXTS = {"prompts.json": load_prompts, "prompts.jsonl": load_prompts, "names.json": load_class_names,
          "captions.json": captions_by_image, "metadata.jsonl": lambda path: captioned_folder(path.parent, 8),
-         "config.json": lambda path: _run_config(path.parent), "sampling.json": read_json,
+         "config.json": lambda path: _run_config(path.parent), "sampling.json": read_object,
          "results.jsonl": read_results,
          "record.jsonl": lambda path: read_record(path, "shapes"),
          "model.safetensors.index.json": lambda path: load_gpt(path.parent, TINY),
@@ -329,10 +328,10 @@ def test_the_limit_is_set_in_one_place(tmp_path, monkeypatch):
     path = write(tmp_path / "set" / "a.png", saved("PNG"))
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
     assert read_image(path, path).shape == (16, 16, 3)
-    monkeypatch.setenv(images.LIMIT_VARIABLE, "255")
+    monkeypatch.setenv(LIMIT_VARIABLE, "255")
     assert "more than the 255 allowed" in refused(lambda path: read_image(path, path), path)
     assert "more than the 255 allowed" in refused(count_images, tmp_path / "a.npz")
-    monkeypatch.setenv(images.LIMIT_VARIABLE, "many")
+    monkeypatch.setenv(LIMIT_VARIABLE, "many")
     with pytest.raises(ValueError, match="ARGRPO_MAX_PIXELS must be a number of pixels, got 'many'"):
         read_image(path, path)
 

@@ -11,12 +11,14 @@ SKIPPED = {"tests", ".venv", ".git"}
 # A call of the first may stand in the second alone.
 ONLY_IN = {
     "json.loads": {"utils.files", "reward_utils.remote",  # the two that bound what comes from outside
-                   "trainer_utils.run_folder", "trainer_utils.report", "benchmark.shapes.sweep",  # lines of the project's own logs
+                   # lines of the project's own logs
+                   "trainer_utils.run_folder", "trainer_utils.report", "benchmark.shapes.sweep",
                    "utils.config", "scripts.run_workers",  # how a process of the job ended
                    "scripts.crosscheck.compare", "scripts.crosscheck.original"},  # what the other of the two wrote
     "json.load": set(),
     "urllib.request.urlopen": {"utils.download"},
-    "subprocess.run": {"trainer_utils.report", "benchmark.shapes.sweep", "trainer_utils.pretraining", "scripts.run_workers"},
+    "subprocess.run": {"trainer_utils.report", "benchmark.shapes.sweep", "trainer_utils.pretraining",
+                       "scripts.run_workers"},
     "pickle.dumps": {"reward_utils.legacy_pickle"},
     "yaml.compose": {"utils.files"},
 }

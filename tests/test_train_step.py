@@ -13,7 +13,7 @@ from models.gpt import GPT, GPTConfig
 from models.head import MixedProduct, logits_of
 from models.policy import Policy, Scorer
 from models.text import TextEncoder, make_tiny_t5
-from tests.test_policy import L, V, tiny_condition, tiny_gpt
+from tests.tiny_gpt import L, V, tiny_condition, tiny_gpt
 from tests.tiny_world import make_trainer, policy_config, weights
 from trainer_utils import memory
 from trainer_utils.optimizer import AdamW8bit, build_optimizer, dequantize, positive_levels, quantize, signed_levels

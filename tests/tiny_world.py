@@ -53,10 +53,11 @@ def policy_config(folder: Path) -> PolicyConfig:
                         class_names="shapes")
 
 
-def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None,
-                 guidance_logprob="guided", device="cpu", dtype="float32", **config) -> GRPOTrainer:
-    """As train_c2i.train composes it, with `config` on top of SMALL; run: where to log, None for nowhere."""
-    grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), replace(policy_config(world), dtype=dtype)
+def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None, device="cpu",
+                 dtype="float32", **config) -> GRPOTrainer:
+    """As trainer_utils/composition.py does it, with `config` on top of SMALL; run: where to log, None for nowhere."""
+    grpo = GRPOConfig(**{**SMALL, **config})
+    stored = replace(policy_config(world), dtype=dtype)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device(device))

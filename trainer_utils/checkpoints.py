@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models import lora
 from trainer_utils.guards import TrainingStopped
 from utils import distributed
+from utils.files import one_line
 
 logger = logging.getLogger(__name__)
 
@@ -255,6 +256,6 @@ def read_small(file: Path) -> dict:
         raise ValueError(f"{file} was refused and nothing in it was run: it holds more than tensors. Delete "
                          f"{file.parent} to resume from the checkpoint before it") from None
     except (OSError, RuntimeError, EOFError, LookupError, ValueError, TypeError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(f"{file} is damaged ({reason}). Delete {file.parent} to resume from the checkpoint before it"
                          ) from None

@@ -2,11 +2,11 @@
 import logging
 import math
 
-import torch
 from torch import Tensor
 
 from trainer_utils.statistics import nan_std, token_hamming
 from utils import distributed
+from utils.lists import evenly
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +42,6 @@ def evaluate(policy, reward_set, conditions: list, seeds: list[int], group: int,
 
 def shown(asked: list, names: list[str], scores: Tensor) -> tuple[list[int], list[str]]:
     """Up to NUM_SHOWN images over all prompts, and what stands under each. asked: the condition of each image."""
-    count = min(NUM_SHOWN, len(asked))
-    picked = [i * len(asked) // count for i in range(count)]
+    picked = evenly(range(len(asked)), NUM_SHOWN)
     return picked, ["\n".join([asked[i].prompt, *(f"{name} {score:.2f}" for name, score
                                                   in zip(names, scores[i].tolist()))]) for i in picked]

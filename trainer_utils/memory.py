@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from utils.gpu import free_bytes
+
 SHARE = 0.9  # of the free memory that may be planned for: fragments, and what the probe did not meet
 
 
@@ -66,17 +68,6 @@ def peak_bytes(work: Callable[[], object], device: torch.device) -> int:
     work()
     torch.cuda.synchronize(device)
     return torch.cuda.max_memory_allocated(device) - before
-
-
-def free_bytes(device: torch.device) -> int:
-    """What can still be allocated."""
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-        return torch.cuda.mem_get_info(device)[0] + cached
-    with open("/proc/meminfo") as file:  # the page cache counts as free, as it does not in sysconf's numbers
-        kilobytes = {line.split(":")[0]: int(line.split()[1]) for line in file}
-    return 1024 * kilobytes["MemAvailable"]
 
 
 def rows_that_fit(free: int, one: int, two: int, most: int) -> int:

@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from utils.files import parse_json, read_text
+from utils.files import read_object
 
 STDERR = "_stderr"
 REWARD_PANEL = "Training reward"
@@ -134,10 +134,7 @@ def _git_commit() -> str:
 def _read_config(path: Path) -> dict:
     if not path.is_file():
         raise ValueError(f"{path} does not exist: is {path.parent} the folder of a run?")
-    data = parse_json(read_text(path), str(path))
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON mapping")
-    return data
+    return read_object(path)
 
 
 def _select(series: Series, patterns: tuple[str, ...]) -> list[str]:

@@ -51,7 +51,7 @@ class _Option(NamedTuple):
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str):
         _record_failure(2, message)
-        self.exit(2, f"error: {_one_line(message)}\n")  # argparse's own prints the whole usage first
+        self.exit(2, f"error: {one_line(message, None)}\n")  # argparse's own prints the whole usage first
 
 
 def parse_args(dataclass_types: tuple[type, ...], argv: list[str] | None = None, description: str = "",
@@ -108,7 +108,7 @@ def one_line_errors():
     except (ValueError, OSError) as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        sys.stderr.write(f"error: {_one_line(str(error)) or type(error).__name__}\n")
+        sys.stderr.write(f"error: {one_line(error, None)}\n")
         raise SystemExit(1) from None
 
 
@@ -128,7 +128,7 @@ def _record_failure(code: int, message: str, consequence: bool = False) -> None:
     if not os.environ.get(STATUS_VARIABLE):
         return
     path = Path(os.environ[STATUS_VARIABLE]) / f"rank_{os.environ.get('RANK', 0)}"
-    record = {"pid": os.getpid(), "time_sec": time.time(), "code": code, "message": _one_line(message),
+    record = {"pid": os.getpid(), "time_sec": time.time(), "code": code, "message": one_line(message, None),
               "consequence": consequence}
     with contextlib.suppress(OSError):  # a full disk must not hide the error itself
         if path.is_file() and json.loads(path.read_text(encoding="utf-8"))["pid"] == os.getpid():
@@ -335,7 +335,3 @@ def _json_ready(value):
     if isinstance(value, Path) or (isinstance(value, float) and not math.isfinite(value)):
         return str(value)  # JSON has no infinity; the text reads back as the same float
     return value
-
-
-def _one_line(message: str) -> str:
-    return " ".join(message.split())

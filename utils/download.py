@@ -6,6 +6,8 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from utils.files import one_line
+
 TIMEOUT_SEC = 30  # without any byte arriving
 CHUNK = 1 << 20
 MAX_BYTES = 1 << 30  # Inception takes 95 MB; a server may send without end
@@ -24,7 +26,7 @@ def download(url: str, path: Path, digest: str) -> Path:
             raise ValueError(f"{url} gave another file: its SHA-256 begins with {found[:len(digest)]}, not {digest}")
         os.replace(temporary, path)
     except OSError as error:  # urllib's errors among them
-        reason = " ".join(str(error).split()) or type(error).__name__
+        reason = one_line(error)
         raise ValueError(f"{url} could not be fetched ({reason}): fetch it elsewhere and put it at {path}") from error
     finally:
         temporary.unlink(missing_ok=True)

@@ -74,8 +74,10 @@ def refuse_compressed(path: Path) -> None:
         raise ValueError(f"{path} was refused: {grown[0][:80]!r} in it is compressed, as torch.save leaves nothing")
 
 
-def one_line(error: BaseException | str, length: int = 200) -> str:
-    return " ".join(str(error).split())[:length] or type(error).__name__
+def one_line(error: BaseException | str, length: int | None = 200) -> str:
+    """The message on one line, cut to `length` characters (None: whole); an error without one gives its name."""
+    text = " ".join(str(error).split())[:length]
+    return text if text or isinstance(error, str) else type(error).__name__
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
@@ -97,6 +99,18 @@ def parse_json(text: str, where: str, by_line: bool = True) -> Any:
     if _is_deeper(value, MAX_JSON_DEPTH):
         raise ValueError(f"{where} is not valid JSON: nested more than {MAX_JSON_DEPTH} deep")
     return value
+
+
+def parse_object(text: str, where: str) -> dict:
+    """The mapping that a whole file's text holds."""
+    data = parse_json(text, where)
+    if not isinstance(data, dict):
+        raise ValueError(f"{where} must hold a JSON object, not a {type(data).__name__}")
+    return data
+
+
+def read_object(path: Path) -> dict:
+    return parse_object(read_text(path), str(path))
 
 
 def _no_number(word: str):

@@ -30,7 +30,7 @@ from utils.distributed import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE_TESTS = ["test_kernels.py", "test_gpu.py", "test_streams.py", "test_decoder.py", "test_sharding.py",
-                "test_lora.py", "test_checkpoint.py", "test_trainer.py", "test_train_step.py"]
+                "test_lora.py", "test_checkpoint.py", "test_grpo_trainer.py", "test_train_step.py"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENTROPY_SCALE = 2.8  # standard deviation of random logits; ln V - s^2 / 2 = 5.8 nats
 TINY = dict(n_layer=2, n_head=4, dim=64)
@@ -357,7 +357,8 @@ def scoring(setting: Setting) -> dict:
         names.insert(1, "hpsv2_text")
     config = rewards.SpeedConfig(rewards=names, device=str(setting.device), rounds=1,
                                  seconds=0.0 if setting.tiny else 0.5, batch_size=4 if setting.tiny else 64,
-                                 size="tiny" if setting.tiny else "full", preprocess="fast", reward_dtype="float32", image_size=64 if setting.tiny else 256)
+                                 size="tiny" if setting.tiny else "full", preprocess="fast",
+                                 reward_dtype="float32", image_size=64 if setting.tiny else 256)
     for name in config.rewards:
         try:
             speed = rewards.measure(name, config)

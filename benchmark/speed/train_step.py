@@ -6,7 +6,7 @@
 
 Ours is the trainer's own code (GRPOTrainer.update). --baseline also measures a plain step: logits [N, L, V] in two
 passes, all rows at once, a float32 copy as the reference, AdamW. Memory is all that a step needs, weights, gradients
-and optimizer included: a GPU's own count, on CPUs that of trainer_utils.memory.Meter. FLOP/s are those that the mathematics
+and optimizer included: a GPU's own count, on CPUs trainer_utils.memory.Meter's. FLOP/s are those that the mathematics
 needs, without what checkpointing computes twice. Left out: rollouts, processes beside this one.
 """
 import copy

@@ -7,7 +7,7 @@ import torch
 from benchmark.speed import reference, roofline, rollout
 from models.generate import SamplingConfig, generate
 from models.gpt import GPT, GPT_SIZES, GPTConfig
-from tests.test_policy import L, tiny_condition, tiny_gpt
+from tests.tiny_gpt import L, tiny_condition, tiny_gpt
 
 
 @pytest.fixture

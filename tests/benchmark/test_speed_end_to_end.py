@@ -19,7 +19,8 @@ def tiny_size(monkeypatch):
     monkeypatch.setattr(roofline, "COPY_BYTES", {"cpu": 2 ** 16})
 
 
-@pytest.mark.parametrize("flags", (["--baseline"], ["--gpt_type", "t2i", "--micro_batch_size", "2", "--dtype", "bfloat16"]))
+@pytest.mark.parametrize("flags", (["--baseline"], ["--gpt_type", "t2i", "--micro_batch_size", "2",
+                                                    "--dtype", "bfloat16"]))
 def test_the_command_runs(capsys, flags):
     costs, ratio = end_to_end.main(["--gpt_model", "tiny", "--vq_model", "tiny", "--image_size", "16", "--batch_size",
                                     "4", "--device", "cpu", *flags])

@@ -1,4 +1,4 @@
-"""benchmark.speed.scaling on one process; the bytes of two are compared in tests/test_sharding.py."""
+"""benchmark.speed.scaling on one process; the bytes of two are compared in tests/trainer_utils/test_sharding.py."""
 from benchmark.speed import scaling
 
 

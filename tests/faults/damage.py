@@ -1,6 +1,6 @@
 """Damaged checkpoint files: each must be refused by name, and the checkpoint before it used.
 
-Most cases ask trainer_utils.run_folder in this process, on a copy of a good run; a few go through real restarts. Left out:
+Most cases ask the run folder's code in this process, on a copy of a good run; a few go through real restarts. Left out:
 a file whose entry in checksums.json was changed to match, which no checksum can see.
 """
 import logging

@@ -1,6 +1,6 @@
 """A training run as a user sees it: a command, its processes and exit code, its log, and what lies in its folder.
 
-Nothing of the trainer is imported. A checkpoint is an opaque folder that trainer_utils.run_folder.checkpoint_damage judges;
+Nothing of the trainer is imported. A checkpoint is an opaque folder that run_folder.checkpoint_damage judges;
 that this judge sees damage is shown by damage.py.
 """
 import contextlib

@@ -14,7 +14,7 @@ from models import kernels
 from models.decoder import Decoder
 from models.generate import Rollout, SamplingConfig, draw, generate, log_distribution, row_uniforms, token_statistics
 from models.gpt import GPT, GPTConfig
-from tests.test_policy import L, tiny_condition, tiny_gpt
+from tests.tiny_gpt import L, tiny_condition, tiny_gpt
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SIZES = {  # widths that no tile divides, grouped queries, a head size that is no power of 2

@@ -13,7 +13,7 @@ from models.checkpoint import load_gpt, save_model
 from models.generate import SamplingConfig, generate
 from models.lora import LoRAConfig, adapted, add_adapters, base_alone, merged_state
 from models.policy import Scorer
-from tests.test_policy import tiny_condition, tiny_gpt
+from tests.tiny_gpt import tiny_condition, tiny_gpt
 from tests.tiny_world import command_line
 from trainer_utils.reference import Reference
 from utils.config import one_line_errors

@@ -14,8 +14,7 @@ from reward_utils.qwen_client import QwenClient
 from reward_utils.remote import Endpoint, Failure, post_all
 from reward_utils.settings import RewardSettings
 from reward_utils.unireward_client import UniRewardClient
-from tests.fake_server import (  # noqa: F401  serve: a fixture
-    KEY, SLACK_SEC, always_500, close, drip_body, hang, serve, settings)
+from tests.fake_server import KEY, SLACK_SEC, always_500, close, drip_body, hang, settings
 from utils.config import parse_args, resolved
 
 IMAGES = torch.zeros(5, 3, 16, 16, dtype=torch.uint8)

@@ -18,8 +18,7 @@ from reward_utils.qwen_client import QwenClient
 from reward_utils.remote_reward import RemoteScorer, server_urls
 from reward_utils.settings import RewardSettings
 from reward_utils.unireward_client import PROFILES, UniRewardClient
-from tests.fake_server import (  # noqa: F401  serve: a fixture
-    KEY, SLACK_SEC, always_500, chat_answer, close, hang, serve, settings)
+from tests.fake_server import KEY, SLACK_SEC, always_500, chat_answer, close, hang, settings
 
 IMAGES = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (5, 3, 20, 24), dtype=np.uint8))
 PROMPTS = ["a heron", "two cats", 'a "red" car', "a tree {prompt}", "ein Häuschen 🏠"]

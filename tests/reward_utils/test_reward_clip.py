@@ -238,7 +238,7 @@ def test_bfloat16_is_near_float32_and_the_product_is_float32(default, settings, 
 
 
 def test_fast_moves_the_cosine_by_little(default, settings):
-    """2e-4 measured; "exact" and "fast" differ by single levels (tests/test_pixels.py)."""
+    """2e-4 measured; "exact" and "fast" differ by single levels (tests/reward_utils/test_pixels.py)."""
     exact, fast = (scorer(noise(8), list("abcdefgh"))
                    for scorer in (default(ClipScorer), ClipScorer(settings(preprocess="fast"), CPU)))
     assert not torch.equal(exact, fast)

@@ -390,7 +390,8 @@ def test_no_reward_server_there(serve):
 def test_the_command_serves_and_ends_on_sigterm():
     """One process start (torch's import): serves a shapes reward, and ends at once although a client is connected."""
     process = subprocess.Popen(
-        [sys.executable, "-m", "scripts.reward_server", "--reward", "shapes_quality", "--port", "0"], cwd=ROOT, text=True,
+        [sys.executable, "-m", "scripts.reward_server", "--reward", "shapes_quality", "--port", "0"], cwd=ROOT,
+        text=True,
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()

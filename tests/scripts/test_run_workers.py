@@ -11,7 +11,7 @@ from torch.distributed import DistBackendError
 
 from scripts.run_workers import HUNG, Failure, outcome
 from tests.tiny_world import command_line, make_world
-from train_c2i import RunConfig
+from trainer_utils.composition import RunConfig
 from utils import distributed
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -1,4 +1,4 @@
-"""trainer_utils/run_folder.py: damage, failure and interruption never cost more than the work since the last checkpoint."""
+"""Damage, failure and interruption never cost more than the work since the last checkpoint."""
 
 import json
 import logging
