@@ -18,6 +18,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models import lora
+from trainer_utils.grpo_config import GRPOConfig
 from trainer_utils.guards import TrainingStopped
 from utils import distributed
 from utils.files import one_line
@@ -31,10 +32,10 @@ VALUE = "value"  # stands where a moment's name does, for an adapter itself
 class Checkpoints:
     """Saves, resumes and goes back; all processes call together. run: the RunFolder on rank 0, None elsewhere (on all:
     nothing is saved). save_policy(folder, weights) writes the exported model. The optimizer must be over the scorer's
-    trainable parameters, in their order. config: grpo_trainer.GRPOConfig."""
+    trainable parameters, in their order."""
 
     def __init__(self, run, scorer: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 save_policy: Callable[[Path, dict], None], config):
+                 save_policy: Callable[[Path, dict], None], config: GRPOConfig):
         self.run, self.scorer, self.optimizer, self.scaler = run, scorer, optimizer, scaler
         self.save_policy, self.config = save_policy, config
         self.enabled = distributed.broadcast_object(run is not None)

@@ -70,8 +70,9 @@ def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], 
           plan_lines: Callable[[tuple, Policy], list[str]], shapes_statistics: Callable) -> list[str]:
     """A whole run; returns the lines that a dry run tells.
 
-    configs: instances of CONFIGS and what a script adds. Every process gets all conditions. trainer: grpo_trainer.GRPOTrainer. plan_lines(configs, policy): what a run will need. shapes_statistics(kind): the
-    metrics of --image_statistics shapes.
+    configs: instances of CONFIGS and what a script adds. Every process gets all conditions.
+    trainer: grpo_trainer.GRPOTrainer. plan_lines(configs, policy): what the real steps will need.
+    shapes_statistics(kind) -> what --image_statistics shapes adds to evaluations.
     """
     run_config, policy_config, sampling, grpo, rewards, adapters = configs[:6]
     device = distributed.setup(run_config.comm_timeout)

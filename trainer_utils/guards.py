@@ -3,13 +3,15 @@ import math
 import signal
 import threading
 
+from trainer_utils.grpo_config import GRPOConfig
+
 
 class TrainingStopped(ValueError):
     """A guard ended the run; the message says which, why, and what to try."""
 
 
-def divergence(numbers: dict[str, float], bad_updates: int, config) -> str:
-    """Why the policy of this step must not be kept; empty if it may. config: grpo_trainer.GRPOConfig."""
+def divergence(numbers: dict[str, float], bad_updates: int, config: GRPOConfig) -> str:
+    """Why the policy of this step must not be kept; empty if it may."""
     if bad_updates >= config.max_bad_updates:
         return (f"{bad_updates} updates in a row had a non-finite gradient (--max_bad_updates): lower --learning_rate, "
                 "or look for NaNs in the weights")

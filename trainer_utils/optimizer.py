@@ -10,6 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from trainer_utils.grpo_config import GRPOConfig
+
 BLOCK = 256  # values that share a scale
 NAMES = ("adamw", "adamw_fused", "adamw_8bit")
 
@@ -24,8 +26,8 @@ def build_optimizer(name: str, parameters: list[Tensor], lr: float, beta2: float
     return torch.optim.AdamW(parameters, **options, **({"fused": True} if name == "adamw_fused" else {}))
 
 
-def learning_rate(config, step: int) -> float:
-    """Linear warm-up, then constant or half a cosine down to 0 at `exit_step`; config: grpo_trainer.GRPOConfig."""
+def learning_rate(config: GRPOConfig, step: int) -> float:
+    """Linear warm-up, then constant or half a cosine down to 0 at `exit_step`."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     if config.lr_scheduler == "constant":

@@ -184,7 +184,7 @@ def corrupt_png(folder):
     (lambda f: Image.new("I;16", (64, 64)).save(f / "00003/samples/0001.png"), ["0001.png", "mode I"]),
     (lambda f: (f / "00002/metadata.jsonl").write_text("{not json"), ["00002/metadata.jsonl", "its one JSON record"]),
     (lambda f: (f / "00002/metadata.jsonl").write_bytes(b"\xff\xfe"), ["00002/metadata.jsonl", "its one JSON record"]),
-    (lambda f: (f / "00002/metadata.jsonl").write_text("[1]"), ["00002/metadata.jsonl", "must hold a JSON object, not a list"]),
+    (lambda f: (f / "00002/metadata.jsonl").write_text("[1]"), ["00002/metadata.jsonl", "a JSON object, not a list"]),
     (lambda f: (f / "00002/metadata.jsonl").write_text('{"prompt": "a circle"}'), ["metadata.jsonl", "no GenEval"]),
     (lambda f: (f / "00002/metadata.jsonl").write_text(json.dumps({"include": [{"class": "star", "count": 1}]})),
      ["metadata.jsonl", "'tag' and 'prompt'"]),

@@ -10,6 +10,7 @@ from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
 from tests.tiny_gpt import L, SAMPLING, V, tiny_condition, tiny_gpt
 
+
 @pytest.mark.parametrize("model_type,name", list(itertools.product(("c2i", "t2i"), SAMPLING)))
 def test_sampler_logps_equal_score(model_type, name):
     gpt, (condition, mask) = tiny_gpt(model_type), tiny_condition(model_type)
