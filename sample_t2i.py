@@ -13,12 +13,10 @@ import json
 from dataclasses import dataclass, field
 from pathlib import Path
 
-
 from benchmark.evaluation_report import write_report
 from benchmark.prompt_scores import ImageScores, by_category, mean_and_error, mean_over_categories, \
     prompt_means, score_images, write_scores
-from benchmark.sampling import SCORES, TRAINING_KEYS, Job, Sample, parse_job, \
-    sample_prompts
+from benchmark.sampling import SCORES, TRAINING_KEYS, Job, Sample, announcement, parse_job, sample_prompts
 from dataset import Condition, shapes
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet
@@ -96,7 +94,10 @@ def load_conditions(job: Job) -> list[Condition]:
 def main(argv: list[str] | None = None) -> None:
     job = parse_job(argv, "t2i", PromptSampleConfig, TRAINING_KEYS | key_names(RewardSettings), __doc__)
     prompts = load_conditions(job)
-    groups = sample_prompts(job, prompts, distributed.setup())
+    device = distributed.setup()
+    if distributed.is_main():
+        print(announcement(job, prompts, device))
+    groups = sample_prompts(job, prompts, device)
     if distributed.is_main():
         print(score(job, groups))
         print(f"wrote {len(prompts)} x {job.own.num_images_per_prompt} images to {job.folder}, seen in "

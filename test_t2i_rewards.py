@@ -24,7 +24,7 @@ import torch
 
 from benchmark.evaluation_report import write_report
 from benchmark.prompt_scores import SUMMARY_FILE, format_summary, read_prompt_folders, score_images, write_scores
-from benchmark.sampling import SCORES, TRAINING_KEYS, Job, parse_job, sample_prompts
+from benchmark.sampling import SCORES, TRAINING_KEYS, Job, announcement, parse_job, sample_prompts
 from dataset import Condition
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet, check_names
@@ -119,6 +119,8 @@ def score_model(job: Job) -> None:
     names, device = choice.names(job.is_shapes), distributed.setup()
     prompts = job.own.load(job.is_shapes, job.config.seed)
     reward_set = load_rewards(names, settings, device)
+    if distributed.is_main():
+        print(announcement(job, prompts, device))
     groups = sample_prompts(job, prompts, device)
     distributed.barrier()  # the grids of all
     images = [(sample.path, sample.condition) for group in groups for sample in group]

@@ -294,6 +294,11 @@ def write_grid(group: list[Sample]) -> None:
     write_png(path, np.asarray(sheet))
 
 
+def announcement(job: Job, prompts: list[Condition], device: torch.device) -> str:
+    return (f"{len(prompts)} prompts x {job.own.num_images_per_prompt} images of {job.policy.gpt_ckpt} on "
+            f"{distributed.world_size()} x {device.type}")
+
+
 def sample_prompts(job: Job, prompts: list[Condition], device: torch.device) -> list[list[Sample]]:
     """Every prompt's images in GenEval's folders, made by all processes; returns when this one's share is there."""
     policy = load_policy(job.policy, job.sampling, device)
@@ -302,8 +307,6 @@ def sample_prompts(job: Job, prompts: list[Condition], device: torch.device) -> 
         digest = hashlib.blake2b("\n".join(map(geneval_record, prompts)).encode(), digest_size=8).hexdigest()
         claim_folder(job, policy, f"prompts {digest} through {job.policy.t5_path}")
         write_records(groups)
-        print(f"{len(prompts)} prompts x {job.own.num_images_per_prompt} images of {job.policy.gpt_ckpt} on "
-              f"{distributed.world_size()} x {policy.device.type}")
     write_samples(policy, [sample for group in groups for sample in group], job.config)
     for group in groups[distributed.rank()::distributed.world_size()]:
         write_grid(group)
