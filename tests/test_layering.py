@@ -208,13 +208,19 @@ def library_prints(module, path):
             yield f"{module}:{node.lineno} prints; library code returns, logs or raises"
 
 
+@functools.cache
+def shell_scripts():
+    return [path.read_text(encoding="utf-8") for folder in (".", "benchmark", "scripts")
+            for path in (ROOT / folder).glob("*.sh")]
+
+
 def is_entry_point(module, path):
-    """A script of the table, or a file with a main guard whose docstring gives its own command."""
+    """A script of the table, or a file with a main guard whose command stands in its docstring or a shell script."""
     if module in ENTRY_POINTS:
         return True
-    doc = ast.get_docstring(tree(path)) or ""
-    command = rf"python (-m {re.escape(module)}|{re.escape(str(path.relative_to(ROOT)))})\b"
-    return any(map(is_main_guard, tree(path).body)) and bool(re.search(command, doc))
+    texts = [ast.get_docstring(tree(path)) or "", *shell_scripts()]
+    command = rf"(python|python3}}\") (-m {re.escape(module)}|{re.escape(str(path.relative_to(ROOT)))})\b"
+    return any(map(is_main_guard, tree(path).body)) and any(re.search(command, text) for text in texts)
 
 
 def reachable():
