@@ -15,8 +15,8 @@ from PIL import Image
 import sample_c2i
 import sample_t2i
 from benchmark.lookup import find_model
-from benchmark.sampling import Job, SampleConfig, decode_resized, pending, read_png, sample_images, write_batches, \
-    write_npz, write_samples
+from benchmark.sampling import Job, SampleConfig, decode_resized, pending, prompt_samples, read_png, sample_images, \
+    write_batches, write_npz, write_samples
 from dataset import shapes
 from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import KINDS, export_llamagen, load_gpt, save_model
@@ -337,7 +337,7 @@ def test_prompt_files_for_other_models(world, tmp_path, capsys):
 
 def test_scores_of_rendered_images(tmp_path):
     """A perfect generator scores 1, and the error is that of the prompts' means."""
-    groups = sample_t2i.prompt_samples(tmp_path, sample_t2i.shapes_prompts(2), 2, seed=0)
+    groups = prompt_samples(tmp_path, sample_t2i.shapes_prompts(2), 2, seed=0)
     rng = np.random.default_rng(0)
     for group in groups:
         group[0].path.parent.mkdir(parents=True)

@@ -4,7 +4,7 @@
 
 A file may claim anything: JSON nested until the stack ends or a number of a million digits, YAML whose aliases unfold
 to gigabytes, a named pipe that never ends. Every complaint is a ValueError of one line that names the file. Left out:
-tensors (models/checkpoint.py, reward_utils/weights.py), arrays (utils/npz.py), pictures (dataset/images.py).
+tensors (models/checkpoint.py, reward_utils/weights.py), arrays (utils/npz.py), pictures (utils/image_files.py).
 """
 import json
 import math

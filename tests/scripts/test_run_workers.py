@@ -79,7 +79,7 @@ with one_line_errors():
     time.sleep(60)
 """
 HANGS = PRELUDE + """
-from models import distributed
+from utils import distributed
 with one_line_errors(), distributed.translated_errors():
     distributed.setup(60 if rank else 1)
     distributed.barrier()
@@ -89,8 +89,8 @@ with one_line_errors(), distributed.translated_errors():
 """
 DIES_ONCE = PRELUDE + """
 import train_c2i
-from models import distributed
 from trainer_utils.checkpoints import Checkpoints
+from utils import distributed
 save = Checkpoints.save
 
 def save_and_die(checkpoints, step, **options):
