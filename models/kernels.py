@@ -21,7 +21,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.language.extra import cuda as device_side
 
 from models.gpt import GPTConfig
 
@@ -39,20 +38,19 @@ class Tile(NamedTuple):
 
 
 # {kernel: {largest number of rows: tile}}; chosen by `python -m benchmark.speed.kernels`, see benchmark/HISTORY.md.
+MANY = 1 << 30
 TILES = {
-    "project_heads": {16: Tile(16, 32, 128, 4, 4), 32: Tile(32, 32, 128, 4, 4), 64: Tile(64, 64, 64, 4, 4),
-                      1 << 30: Tile(128, 128, 64, 8, 3)},
-    "add_product": {16: Tile(16, 16, 128, 4, 4), 32: Tile(32, 16, 128, 4, 4), 64: Tile(64, 32, 64, 4, 4),
-                    1 << 30: Tile(128, 64, 64, 4, 4)},
-    "gated_product": {16: Tile(16, 32, 128, 4, 4), 32: Tile(32, 32, 128, 4, 4), 64: Tile(64, 32, 64, 4, 4),
-                      1 << 30: Tile(128, 64, 64, 8, 3)},
+    "project_heads": {16: Tile(16, 64, 128, 4, 4), 32: Tile(32, 64, 128, 4, 4), 64: Tile(64, 32, 128, 4, 4),
+                      MANY: Tile(128, 64, 64, 4, 4)},
+    "add_product": {16: Tile(16, 16, 128, 2, 6), 32: Tile(32, 16, 128, 2, 6), 64: Tile(64, 16, 256, 4, 3),
+                    MANY: Tile(64, 64, 64, 4, 4)},
+    "gated_product": {16: Tile(16, 16, 128, 2, 6), 32: Tile(32, 16, 128, 2, 6), 64: Tile(64, 64, 64, 4, 4),
+                      MANY: Tile(128, 64, 64, 4, 4)},
+    "attend": {32: (128, 8), MANY: (64, 2)},  # cache positions at a time, warps
 }
-ATTEND_POSITIONS, ATTEND_WARPS = 64, 4  # cache positions at a time
-# Whether a kernel starts while the one before it ends (programmatic dependent launch, from Hopper on).
-EARLY = torch.cuda.is_available() and torch.cuda.get_device_capability() >= (9, 0)
 
 
-def tile_of(kernel: str, num_rows: int) -> Tile:
+def tile_of(kernel: str, num_rows: int) -> Tile | tuple[int, int]:
     return next(tile for most, tile in TILES[kernel].items() if num_rows <= most)
 
 
@@ -99,21 +97,6 @@ def product(x, gain, scale, weight, rows, columns, num_rows, num_columns, INNER:
     return total
 
 
-@triton.jit
-def wait_for_inputs(weight, columns, INNER: tl.constexpr, BN: tl.constexpr, EARLY: tl.constexpr):
-    """With EARLY (programmatic dependent launch) a kernel starts while the one before it ends: it asks for its weights,
-    which nothing writes, and then waits for what the other writes."""
-    if EARLY:
-        device_side.gdc_launch_dependents()
-        line = tl.arange(0, 1024)  # of 64 numbers, 128 bytes in 16 bits
-        for start in range(0, BN * INNER // 64, 1024):
-            at = (start + line) * 64
-            inside = (weight + columns * INNER + at % (BN * INNER)).to(tl.int64)
-            tl.inline_asm_elementwise("prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [inside], dtype=tl.int32,
-                                      is_pure=False, pack=1)
-        device_side.gdc_wait()
-
-
 # ------------------------------------------------------------------------------------------------------- kernels
 
 
@@ -133,19 +116,18 @@ def embed_kernel(tokens, embeddings, x, squares, D: tl.constexpr, PARTS: tl.cons
 def project_heads_kernel(x, squares, gain, weight, rope, position, queries, cache, num_rows, eps,
                          which_stride, row_stride, head_stride, D: tl.constexpr, H: tl.constexpr, K: tl.constexpr,
                          SIZE: tl.constexpr, PARTS: tl.constexpr, PARTS_2: tl.constexpr, BM: tl.constexpr,
-                         BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr):
+                         BN: tl.constexpr, BK: tl.constexpr):
     num_columns: tl.constexpr = (H + 2 * K) * SIZE
     first = tl.program_id(0) * BN
     rows, columns = tl.program_id(1) * BM + tl.arange(0, BM), first + tl.arange(0, BN)
-    wait_for_inputs(weight, first, D, BN, EARLY)
-    scale = inverse_rms(squares, rows, num_rows, eps, D, PARTS, PARTS_2)
-    total = product(x, gain, scale, weight, rows, columns, num_rows, num_columns, D, True, BK, BM, BN)
-    heads = total.to(queries.dtype.element_ty).to(tl.float32)
     at = tl.load(position)
     pairs = first + 2 * tl.arange(0, BN // 2)  # the first column of each
     turning = pairs < (H + K) * SIZE
     angle = rope + at * SIZE + pairs % SIZE  # rope [T + L, d/2, 2]
     cos, sin = tl.load(angle, mask=turning, other=1.0), tl.load(angle + 1, mask=turning, other=0.0)
+    scale = inverse_rms(squares, rows, num_rows, eps, D, PARTS, PARTS_2)
+    total = product(x, gain, scale, weight, rows, columns, num_rows, num_columns, D, True, BK, BM, BN)
+    heads = total.to(queries.dtype.element_ty).to(tl.float32)
     even, odd = tl.split(heads.reshape(BM, BN // 2, 2))
     turned = tl.join(even * cos[None, :] - odd * sin[None, :], odd * cos[None, :] + even * sin[None, :])
     heads = turned.reshape(BM, BN).to(queries.dtype.element_ty)
@@ -162,11 +144,8 @@ def project_heads_kernel(x, squares, gain, weight, rope, position, queries, cach
 @triton.jit
 def attend_kernel(queries, cache, mask, position, attended, which_stride, row_stride, head_stride, mask_stride, scale,
                   H: tl.constexpr, GROUP: tl.constexpr, SIZE: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr,
-                  MASKED: tl.constexpr, EARLY: tl.constexpr):
+                  MASKED: tl.constexpr):
     row, head = tl.program_id(0).to(tl.int64), tl.program_id(1)
-    if EARLY:
-        device_side.gdc_launch_dependents()
-        device_side.gdc_wait()
     length = tl.load(position) + 1
     at = tl.arange(0, BD)
     query = tl.load(queries + (row * H + head) * SIZE + at, mask=at < SIZE, other=0.0).to(tl.float32) * scale
@@ -193,10 +172,9 @@ def attend_kernel(queries, cache, mask, position, attended, which_stride, row_st
 
 @triton.jit
 def add_product_kernel(inputs, weight, x, squares, num_rows, D: tl.constexpr, INNER: tl.constexpr, PARTS: tl.constexpr,
-                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, EARLY: tl.constexpr):
+                       BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr):
     block = tl.program_id(0)
     rows, columns = tl.program_id(1) * BM + tl.arange(0, BM), block * BN + tl.arange(0, BN)
-    wait_for_inputs(weight, block * BN, INNER, BN, EARLY)
     total = product(inputs, inputs, 0.0, weight, rows, columns, num_rows, D, INNER, False, BK, BM, BN)
     place, inside = x + rows[:, None] * D + columns[None, :], (rows[:, None] < num_rows) & (columns[None, :] < D)
     values = tl.load(place, mask=inside, other=0.0) + total.to(inputs.dtype.element_ty).to(tl.float32)
@@ -208,10 +186,9 @@ def add_product_kernel(inputs, weight, x, squares, num_rows, D: tl.constexpr, IN
 @triton.jit
 def gated_product_kernel(x, squares, gain, weight, gated, num_rows, eps, D: tl.constexpr, F: tl.constexpr,
                          PARTS: tl.constexpr, PARTS_2: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                         BK: tl.constexpr, EARLY: tl.constexpr):
+                         BK: tl.constexpr):
     first = tl.program_id(0) * BN
     rows, columns = tl.program_id(1) * BM + tl.arange(0, BM), first + tl.arange(0, BN)
-    wait_for_inputs(weight, first, D, BN, EARLY)
     scale = inverse_rms(squares, rows, num_rows, eps, D, PARTS, PARTS_2)
     gate = tl.zeros([BM, BN], tl.float32)
     up = tl.zeros([BM, BN], tl.float32)
@@ -271,7 +248,6 @@ class Step(NamedTuple):
     position: Tensor  # int64 [1]
     rope: Tensor  # [T + L, d/2, 2]
     mask: Tensor | None  # float32 [R, S] of 0 and -inf; None: every written position is attended to
-    early: bool
 
     @property
     def size(self) -> int:
@@ -286,12 +262,7 @@ class Step(NamedTuple):
     def grid_and_tile(self, kernel: str, num_columns: int) -> tuple[tuple[int, int], dict]:
         tile = tile_of(kernel, self.num_rows)
         return ((-(-num_columns // tile.columns), -(-self.num_rows // tile.rows)),
-                dict(BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages,
-                     **self.order))
-
-    @property
-    def order(self) -> dict[str, bool]:
-        return dict(EARLY=True, launch_pdl=True) if self.early else dict(EARLY=False)
+                dict(BM=tile.rows, BN=tile.columns, BK=tile.inner, num_warps=tile.warps, num_stages=tile.stages))
 
 
 def power_of_2(number: int) -> int:
@@ -316,11 +287,12 @@ def project_heads(step: Step, gain: Tensor, weight: Tensor, cache: Tensor) -> No
 def attend(step: Step, cache: Tensor) -> None:
     """Queries and `cache` -> attended."""
     config, scratch, mask = step.config, step.scratch, step.mask
+    positions, warps = tile_of("attend", step.num_rows)
     attend_kernel[(step.num_rows, config.n_head)](
         scratch.queries, cache, scratch.x if mask is None else mask, step.position, scratch.attended,
         *cache.stride()[:3], 0 if mask is None else mask.stride(0), step.size ** -0.5 * LOG2_E, H=config.n_head,
-        GROUP=config.n_head // config.kv_heads, SIZE=step.size, BD=power_of_2(step.size), BS=ATTEND_POSITIONS,
-        MASKED=mask is not None, num_warps=ATTEND_WARPS, **step.order)
+        GROUP=config.n_head // config.kv_heads, SIZE=step.size, BD=power_of_2(step.size), BS=positions,
+        MASKED=mask is not None, num_warps=warps)
 
 
 def add_product(step: Step, inputs: Tensor, weight: Tensor) -> None:
@@ -339,14 +311,14 @@ def gated_product(step: Step, gain: Tensor, weight: Tensor) -> None:
 
 
 def feed(config: GPTConfig, layers: list, outer, cache: Tensor, mask: Tensor | None, scratch: Scratch, tokens: Tensor,
-         position: Tensor, early: bool = EARLY) -> Tensor:
+         position: Tensor) -> Tensor:
     """tokens int64 [r] at `position` (int64 [1]) of the first r rows -> hidden states float32 [r, D] that predict the
     next ones.
 
     layers, outer: models.decoder.LayerWeights and OuterWeights. cache [layers, 2, R, K, S, d]. mask: float32 [R, S] of
-    0 and -inf, or None where every written position is attended to. early: see EARLY.
+    0 and -inf, or None where every written position is attended to.
     """
-    step = Step(config, scratch, len(tokens), position, outer.rope, mask, early)
+    step = Step(config, scratch, len(tokens), position, outer.rope, mask)
     embed(step, tokens, outer.embeddings)
     for weights, keys_values in zip(layers, cache):
         project_heads(step, weights.attention_norm, weights.wqkv, keys_values)

@@ -5,9 +5,10 @@
     OUT=/somewhere bash benchmark/gpu_check.sh --seconds 300   # what does not fit into the time is left out and named
     bash benchmark/gpu_check.sh --tiny --device cpu            # the script itself, on a laptop
 
-Each stage is a process of its own with a time limit; it leaves its line in OUT/stages.jsonl as soon as it ends, whether
-it failed or not. OUT/gpu_check.md is the section for benchmark/RESULTS.md, with card, versions and date; --results
-puts it there, in place of an older one. Needs no network and installs nothing.
+Each stage is a process of its own with a time limit. It writes each figure down as soon as it has it, so that one that
+fails or meets its limit keeps those it had, and its line goes into OUT/stages.jsonl when it ends. OUT/gpu_check.md is
+the section for benchmark/RESULTS.md, with card, versions and date; --results puts it there, in place of an older one.
+Needs no network and installs nothing.
 """
 import argparse
 import datetime
@@ -30,8 +31,8 @@ GRACE = 10  # seconds from a stage's limit to its end
 
 
 def run_stage(name: str, output: Path, flags: list[str], seconds: float) -> dict:
-    """{"stage", "seconds", "figures"} or {..., "failed": reason}."""
-    line, result, started = {"stage": name}, output / f"{name}.json", time.monotonic()
+    """{"stage", "seconds", "figures"}, and "failed" with the reason where it did not come to its end."""
+    line, result, started = {"stage": name, "figures": {}}, output / f"{name}.json", time.monotonic()
     result.unlink(missing_ok=True)
     command = [sys.executable, "-m", "benchmark.speed.gpu_check", "--inside", name, "--output", str(output), *flags]
     with open(output / f"{name}.log", "w") as log:
@@ -43,7 +44,9 @@ def run_stage(name: str, output: Path, flags: list[str], seconds: float) -> dict
             code = f"its limit of {seconds:.0f} s"
     line["seconds"] = round(time.monotonic() - started, 1)
     if result.is_file():
-        return line | {"figures": json.loads(result.read_text())}
+        line["figures"] = json.loads(result.read_text())
+    if code == 0:
+        return line
     last = ((output / f"{name}.log").read_text().strip().splitlines() or ["no output"])[-1]
     return line | {"failed": f"ended with {code}: {last[:300]}"}
 
@@ -65,10 +68,11 @@ def inside(name: str, output: Path, device: str, tiny: bool) -> None:
 
     from benchmark.speed.gpu_stages import STAGES, Setting
 
-    figures = STAGES[name].run(Setting(torch.device(device), output, tiny))
-    partial = output / f"{name}.json.partial"
-    partial.write_text(json.dumps(figures))
-    partial.replace(output / f"{name}.json")
+    figures, partial = {}, output / f"{name}.json.partial"
+    for found in STAGES[name].run(Setting(torch.device(device), output, tiny)):
+        figures |= found
+        partial.write_text(json.dumps(figures))
+        partial.replace(output / f"{name}.json")
 
 
 def rounded(value):
@@ -99,10 +103,10 @@ def as_markdown(lines: list[dict], command: str, tiny: bool) -> str:
     for line in lines:
         text += [f"### {line['stage']} ({line['seconds']} s)", ""]
         if "failed" in line:
-            text += [f"Failed: {line['failed']}", ""]
-            continue
-        text += ["| figure | value |", "|---|---|", *(f"| {name} | {value} |" for name, value in
-                                                      as_rows(line["figures"])), ""]
+            text += [f"Not to its end: {line['failed']}", ""]
+        if line["figures"]:
+            text += ["| figure | value |", "|---|---|",
+                     *(f"| {name} | {value} |" for name, value in as_rows(line["figures"])), ""]
     return "\n".join(text)
 
 
@@ -155,13 +159,14 @@ def main(argv: list[str] | None = None) -> int:
     for name in names:
         left = args.seconds - (time.monotonic() - started)
         if left < min(30, limit[name] / 2):
-            line = {"stage": name, "seconds": 0.0, "failed": f"left out: {left:.0f} s were left of --seconds"}
+            line = {"stage": name, "seconds": 0.0, "figures": {},
+                    "failed": f"left out: {left:.0f} s were left of --seconds"}
         else:
             line = run_stage(name, args.output, flags, min(limit[name], left))
         lines.append(line)
         with open(args.output / "stages.jsonl", "a") as file:
             file.write(json.dumps(line) + "\n")
-        print(json.dumps(rounded(line))[:1500], flush=True)
+        print(json.dumps(rounded(line))[:2500], flush=True)
     section = as_markdown(lines, " ".join(["bash benchmark/gpu_check.sh", *(argv or sys.argv[1:])]), args.tiny)
     (args.output / "gpu_check.md").write_text(section + "\n")
     if args.results:

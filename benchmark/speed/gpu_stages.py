@@ -1,6 +1,7 @@
-"""What one GPU can tell about this project, in stages: functions from a Setting to a dictionary of figures.
+"""What one GPU can tell about this project, in stages: generators from a Setting to dictionaries of figures.
 
-`python -m benchmark.speed.gpu_check` runs them, each in a process of its own; `STAGES` is their table. Models have
+`python -m benchmark.speed.gpu_check` runs them, each in a process of its own; `STAGES` is their table. A stage yields
+each figure as soon as it has it, so that a time limit costs only those that were still to come. Models have
 random weights, as values don't change speed; heads are scaled so that a token's entropy is about LlamaGen's (5 to 6
 nats), as flat distributions would hide rounding. Only `shapes` trains real models.
 """
@@ -11,7 +12,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
@@ -19,13 +20,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from benchmark.speed import end_to_end, rewards, rollout, train_step
+from benchmark.speed import end_to_end, reference, rewards, train_step
 from benchmark.speed.roofline import decode_work, measure_ceilings, seconds_of, synchronize
 from benchmark.speed.setup import machine_name, random_condition, random_gpt, random_vq, vq_config
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.policy import Policy, Scorer
 from models.streams import Beside
+from trainer_utils.memory import Meter
 from utils.distributed import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -68,29 +70,28 @@ def in_process(command: list[str], log: Path, **environment: str) -> str:
 # ------------------------------------------------------------------------------------------------------- stages
 
 
-def machine(setting: Setting) -> dict:
+def machine(setting: Setting) -> Iterator[dict]:
     """Card, versions, ceilings."""
     import transformers
 
-    figures = {"torch": torch.__version__, "transformers": transformers.__version__}
+    yield {"card": machine_name(setting.device), "torch": torch.__version__, "transformers": transformers.__version__}
     if setting.device.type == "cuda":
         import triton
-        figures |= {"triton": triton.__version__, "cuda": torch.version.cuda,
-                    "memory_gb": torch.cuda.get_device_properties(setting.device).total_memory / 1e9}
+        yield {"triton": triton.__version__, "cuda": torch.version.cuda,
+               "memory_gb": torch.cuda.get_device_properties(setting.device).total_memory / 1e9}
     for name, dtype in list(DTYPES.items())[: 1 if setting.tiny else None]:
         copy, flops = measure_ceilings(setting.device, dtype, rounds=3)
-        figures |= {"copy_gb_per_sec": copy / 1e9, f"{name}_tflops": flops / 1e12}
-    return {"card": machine_name(setting.device), **figures}
+        yield {"copy_gb_per_sec": copy / 1e9, f"{name}_tflops": flops / 1e12}
 
 
-def tests(setting: Setting) -> dict:
+def tests(setting: Setting) -> Iterator[dict]:
     """The device tests, several processes side by side."""
     names = [str(path.relative_to(ROOT)) for name in DEVICE_TESTS[: 1 if setting.tiny else None]
              for path in (ROOT / "tests").rglob(name)]
     workers = [] if setting.tiny else ["-n", "6"]
     log = setting.output / "tests.log"
     try:
-        in_process(["-m", "pytest", "-q", *workers, "--durations=8", *names], log,
+        in_process(["-m", "pytest", "-q", *workers, "--show-capture=no", "--durations=8", *names], log,
                    ARGRPO_TEST_GPU=str(int(setting.device.type == "cuda")), OMP_NUM_THREADS="1")
     except RuntimeError:
         pass  # the counts say it
@@ -98,92 +99,94 @@ def tests(setting: Setting) -> dict:
     counts = {word: int(number) for number, word in re.findall(r"(\d+) (passed|failed|skipped|error)", text)}
     if "passed" not in counts:
         raise RuntimeError(f"no test ran: {(text.strip().splitlines() or ['no output'])[-1]}")
-    return counts | {"failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)[:20]}
+    yield counts | {"failures": re.findall(r"^(?:FAILED|ERROR) (\S+)", text, re.M)[:20]}
 
 
-def kernels(setting: Setting) -> dict:
-    """The decode step's kernels at several tiles, microseconds a launch."""
+def kernels(setting: Setting) -> Iterator[dict]:
+    """The decode step's kernels at several tiles: [tile, microseconds a launch, share of the copy bandwidth], the best
+    of each, then all."""
     if setting.device.type != "cuda":
         raise RuntimeError("Triton's kernels are timed on GPUs alone")
     from benchmark.speed.kernels import KernelSpeedConfig, measure
 
     timings = measure(KernelSpeedConfig(rows=[16, 64, 256]))
-    return {f"{one.kernel}/{one.rows}": [[*one.tile], round(one.microseconds, 2), round(one.share, 3)]
-            for one in sorted(timings, key=lambda one: -one.microseconds)} | {
-        "all": [[one.kernel, one.rows, [*one.tile], round(one.microseconds, 2), round(one.share, 3)]
-                for one in timings]}
+    rows = [[one.kernel, one.rows, [*one.tile], round(one.microseconds, 2), round(one.share, 3)] for one in timings]
+    yield {f"{kernel}/{count}": numbers for kernel, count, *numbers in sorted(rows, key=lambda row: -row[3])}
+    yield {"all": rows}
 
 
-def exactness(setting: Setting) -> dict:
-    """Graphs and kernels against plain decoding (float32 tokens), and sampler against scorer in three precisions."""
-    figures = {}
+def exactness(setting: Setting) -> Iterator[dict]:
+    """Replayed graphs against the same kernels launched one by one (equal tokens), kernels against plain operations,
+    and sampler against scorer in three precisions."""
+    yield from shapes_gaps(setting)
     for size in ("GPT-B", "GPT-XL"):
         gpt = scaled_gpt(setting.gpt(size, 256), setting.device)
         condition, sampling = random_condition(gpt.config, 4, setting.device), SamplingConfig(cfg_scale=2.0)
         if size == "GPT-B":
-            figures["float32_tokens_differing"] = differing_tokens(gpt, condition, sampling)
+            yield kernel_differences(gpt, condition, sampling)
         for name, dtype in DTYPES.items():
-            autocast = None if dtype == torch.float32 else dtype
-            policy = Policy(gpt, None, sampling, autocast_dtype=autocast)
-            generation = policy.sample(condition, None, range(8), 2)
-            with policy.autocast(), torch.no_grad():
-                logps, _ = Scorer(gpt, sampling)(condition.repeat_interleave(2), generation.tokens)
-            gap = (logps - generation.logps).abs()
-            figures[f"{size}_{name}"] = {"gap_mean": gap.mean().item(), "gap_max": gap.max().item(),
-                                         "entropy": generation.entropies.mean().item()}
+            policy = Policy(gpt, None, sampling, autocast_dtype=None if dtype == torch.float32 else dtype)
+            yield {f"{size}_{name}": gaps(policy, condition, 2)}
         del gpt, policy
-    figures |= shapes_gaps(setting)
-    return figures
 
 
-def differing_tokens(gpt: GPT, condition: Tensor, sampling: SamplingConfig) -> int:
-    """Of a rollout by kernels and graphs against one by plain operations."""
+def gaps(policy: Policy, condition: Tensor, group: int) -> dict:
+    """|sampler's - scorer's log-probability| of the sampled tokens, nats."""
+    generation = policy.sample(condition, None, range(len(condition) * group), group)
+    with policy.autocast(), torch.no_grad():
+        logps, _ = Scorer(policy.gpt, policy.sampling)(condition.repeat_interleave(group, dim=0), generation.tokens)
+    gap = (logps - generation.logps).abs()
+    return {"gap_mean": gap.mean().item(), "gap_max": gap.max().item(), "entropy": generation.entropies.mean().item()}
+
+
+def kernel_differences(gpt: GPT, condition: Tensor, sampling: SamplingConfig) -> dict:
+    """In float32. With 16,384 codes a rounding of 1e-6 moves a draw across an edge now and then, after which the rest
+    of its image differs: kernels and plain operations are compared up to there."""
     uniforms = row_uniforms(range(8), gpt.config.block_size).to(condition.device)
-    tokens = []
-    for fused in (None, False):
-        rollout = Rollout(gpt, sampling, 8, torch.float32, fused=fused, bucket=0 if fused is None else 64)
+
+    def rollout_of(fused: bool | None, graphs: bool) -> Rollout:
+        made = Rollout(gpt, sampling, 8, torch.float32, fused=fused, bucket=0 if fused is None else 64)
+        made.graphs.enabled = graphs
         with torch.no_grad():
-            rollout.begin(condition, None, uniforms, 2)
-            rollout.run()
-        tokens.append(rollout.tokens.clone())
-    return int((tokens[0] != tokens[1]).sum())
+            made.begin(condition, None, uniforms, 2)
+            made.run()
+        return made
+
+    on_gpu = condition.is_cuda
+    replayed, launched, plain = rollout_of(None, on_gpu), rollout_of(None, False), rollout_of(False, False)
+    same = (replayed.tokens == plain.tokens).cumprod(dim=1).bool()  # up to each image's first difference
+    gap = (replayed.logps - plain.logps).abs()[same]
+    return {"graph_tokens_differing": int((replayed.tokens != launched.tokens).sum()),
+            "plain_images_equal": int(same.all(dim=1).sum()), "plain_gap_max": gap.max().item()}
 
 
-def shapes_gaps(setting: Setting) -> dict:
-    """Sampler against scorer on the shipped, trained models."""
+def shapes_gaps(setting: Setting) -> Iterator[dict]:
+    """Sampler against scorer on a shipped, trained model."""
     from models.checkpoint import load_gpt
 
     gpt = load_gpt(ROOT / "models/pretrained/shapes/gpt_c2i").to(setting.device).eval()
-    condition, figures = torch.arange(32, device=setting.device), {}
     for name, dtype in DTYPES.items():
         policy = Policy(gpt, None, SamplingConfig(cfg_scale=2.0), rollout_dtype=dtype,
                         autocast_dtype=None if dtype == torch.float32 else dtype)
-        generation = policy.sample(condition, None, range(128), 4)
-        with policy.autocast(), torch.no_grad():
-            logps, _ = Scorer(gpt, policy.sampling)(condition.repeat_interleave(4), generation.tokens)
-        gap = (logps - generation.logps).abs()
-        figures[f"shapes_c2i_{name}"] = {"gap_mean": gap.mean().item(), "gap_max": gap.max().item()}
-    return figures
+        yield {f"shapes_c2i_{name}": gaps(policy, torch.arange(32, device=setting.device), 4)}
 
 
-def decoding(setting: Setting) -> dict:
-    """Milliseconds of a decode step of XL 384 against the plain decoder; XL 256 by batch size; a profile."""
-    flags = dict(device=str(setting.device), rollout_dtype="bfloat16", rounds=1 if setting.tiny else 2)
-    config = rollout.RolloutSpeedConfig(gpt_model="GPT-B" if setting.tiny else "GPT-XL",
-                                        image_size=64 if setting.tiny else 384, baseline=True, **flags)
-    speed = rollout.measure(config)
-    dtype = torch.bfloat16
-    figures = {"xl_384_ms_a_step": 1000 * speed.decode_seconds / speed.tokens,
-               "xl_384_plain_ms_a_step": 1000 * speed.baseline_seconds / speed.tokens, "xl_384_ratio": speed.ratio,
-               "xl_384_bandwidth_share": speed.bytes_per_second / speed.copy_bytes_per_second,
-               "xl_384_sampling_share": speed.sampling_seconds / speed.decode_seconds,
-               "xl_384_prepare_ms": 1000 * speed.prepare_seconds, "xl_384_peak_gb": speed.peak_bytes / 1e9,
-               "xl_384_images_per_sec": speed.images / speed.seconds,
-               "xl_384_gap_to_float32_mean": speed.parity_mean, "xl_384_gap_to_float32_max": speed.parity_max}
+def decoding(setting: Setting) -> Iterator[dict]:
+    """Milliseconds of a decode step of XL 384 against the plain decoder; a profile; XL 256 by batch size."""
+    config, dtype = setting.gpt("GPT-XL", 384), torch.bfloat16
+    gpt = scaled_gpt(config, setting.device)
+    ours = batch_speed(gpt, 8, dtype, setting.device)
+    copy = measure_ceilings(setting.device, dtype, rounds=3).bytes_per_second
+    yield {"xl_384_batch_8": ours | {"bandwidth_share": 1e9 * ours["gb_per_sec"] / copy}}
+    yield {"profile": profile(setting, gpt)}
+    condition = random_condition(config, 8, setting.device)
+    with torch.autocast(setting.device.type, dtype=dtype):
+        plain = seconds_of(lambda: reference.decode(gpt, condition, 2.0, top_k=2000), setting.device)
+    yield {"xl_384_plain_ms_a_step": 1000 * plain / config.block_size,
+           "xl_384_ratio": 1000 * plain / config.block_size / ours["ms_a_step"]}
     gpt = scaled_gpt(setting.gpt("GPT-XL", 256), setting.device)
     for images in (2, 4) if setting.tiny else (8, 32, 64, 128, 256):
-        figures[f"xl_256_batch_{images}"] = batch_speed(gpt, images, dtype, setting.device)
-    return figures | {"profile": profile(setting, setting.gpt("GPT-XL", 384))}
+        yield {f"xl_256_batch_{images}": batch_speed(gpt, images, dtype, setting.device)}
 
 
 def begun(gpt: GPT, images: int, dtype: torch.dtype, device: torch.device) -> Rollout:
@@ -210,16 +213,15 @@ def batch_speed(gpt: GPT, images: int, dtype: torch.dtype, device: torch.device)
             "gb_per_sec": work.bytes / seconds / 1e9}
 
 
-def profile(setting: Setting, config: GPTConfig) -> list:
+def profile(setting: Setting, gpt: GPT) -> list:
     """Kernels of one step in the middle of an image: [name, launches, microseconds], the table saved too."""
     from torch.profiler import ProfilerActivity
 
-    made = begun(scaled_gpt(config, setting.device), 8, torch.bfloat16, setting.device)
-    made.graphs.enabled = False
-    made.index.fill_(config.block_size // 2)
+    made, middle = begun(gpt, 8, torch.bfloat16, setting.device), gpt.config.block_size // 2
+    made.index.fill_(middle)
     on_gpu = setting.device.type == "cuda"
     activities = [ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
-    length = made.decoder.read_length(config.cls_token_num + config.block_size // 2)
+    length = made.decoder.read_length(gpt.config.cls_token_num + middle)
     with torch.no_grad():
         made.plain_step(length, True, True)
         synchronize(setting.device)
@@ -235,29 +237,26 @@ def profile(setting: Setting, config: GPTConfig) -> list:
     return rows[:16]
 
 
-def training(setting: Setting) -> dict:
+def training(setting: Setting) -> Iterator[dict]:
     """A training step of XL 384, 8 images, guided, KL: seconds and peak memory against the plain step."""
     config = train_step.TrainStepConfig(
         gpt_model="GPT-B" if setting.tiny else "GPT-XL", image_size=32 if setting.tiny else 384, dtype="bfloat16",
         gradient_checkpointing=True, micro_batch_size=4, reference="bf16", device=str(setting.device),
         batch_size=2 if setting.tiny else 8, rounds=1 if setting.tiny else 2)
-    figures = {}
+    speeds = []
     for label, make in (("ours", train_step.lean_step), ("plain", train_step.plain_step)):
-        speed = train_step.measure(make, config)
-        figures |= {f"{label}_seconds": speed.total, f"{label}_peak_gb": speed.peak_bytes / 1e9}
-    figures |= {"memory_ratio": figures["ours_peak_gb"] / figures["plain_peak_gb"],
-                "time_ratio": figures["plain_seconds"] / figures["ours_seconds"],
-                "largest_tensor_gb": largest_tensor(config)}
+        speeds.append(train_step.measure(make, config))
+        yield {f"{label}_seconds": speeds[-1].total, f"{label}_peak_gb": speeds[-1].peak_bytes / 1e9}
+    ours, plain = speeds
+    yield {"memory_ratio": ours.peak_bytes / plain.peak_bytes, "time_ratio": plain.total / ours.total}
     if not setting.tiny:  # on a CPU the 8-bit moments take minutes
-        lean = replace(config, optimizer="adamw_8bit")
-        figures["ours_8bit_peak_gb"] = train_step.measure(train_step.lean_step, lean).peak_bytes / 1e9
-    return figures
+        lean = train_step.measure(train_step.lean_step, replace(config, optimizer="adamw_8bit"))
+        yield {"ours_8bit_peak_gb": lean.peak_bytes / 1e9, "ours_8bit_seconds": lean.total}
+    yield {"largest_tensor_gb": largest_tensor(config)}
 
 
 def largest_tensor(config: train_step.TrainStepConfig) -> float:
     """Of our step, as the operations make them."""
-    from trainer_utils.memory import Meter
-
     step, minibatch = train_step.lean_step(config), train_step.random_minibatch(config)
     metrics = Metrics(torch.device(config.device))
     step(minibatch, metrics)
@@ -266,12 +265,13 @@ def largest_tensor(config: train_step.TrainStepConfig) -> float:
     return meter.largest / 1e9
 
 
-def whole_job(setting: Setting) -> dict:
+def whole_job(setting: Setting) -> Iterator[dict]:
     """Images per second of whole steps with rewards of CLIP's and HPS's size, decode and score beside the next batch
     on and off."""
-    names, figures = ["clip_text", "hpsv2_text"], {}
+    names = ["clip_text", "hpsv2_text"]
     if missing := missing_package("open_clip"):
-        names, figures["without"] = ["clip_text", "pickscore"], missing
+        names = ["clip_text", "pickscore"]
+        yield {"without": missing}
     size = rewards.SIZES["tiny" if setting.tiny else "full"]
     with tempfile.TemporaryDirectory() as folder, rewards.random_rewards(
             names, size, Path(folder), setting.device, preprocess="fast", reward_dtype="bfloat16") as reward_set:
@@ -282,8 +282,7 @@ def whole_job(setting: Setting) -> dict:
                 vq_dtype="bfloat16", device=str(setting.device))
             for beside in (True, False):
                 job = with_rollout_batches(config, 0 if setting.tiny else batch)
-                figures[f"{label}{'' if beside else '_not_beside'}"] = job_speed(job, reward_set, beside, setting)
-    return figures
+                yield {f"{label}{'' if beside else '_not_beside'}": job_speed(job, reward_set, beside, setting)}
 
 
 def with_rollout_batches(config: end_to_end.EndToEndConfig, images: int) -> end_to_end.Job:
@@ -314,29 +313,27 @@ def job_speed(job: end_to_end.Job, reward_set, beside: bool, setting: Setting) -
             **{name: round(value, 3) for name, value in phases.items() if value}}
 
 
-def shapes(setting: Setting) -> dict:
+def shapes(setting: Setting) -> Iterator[dict]:
     """Both default runs side by side, to their end: final figures, and seconds."""
     steps = ["--exit_step", "2", "--eval_num_prompts", "4", "--eval_generations", "2"] if setting.tiny else []
     started, jobs = time.perf_counter(), {}
     for kind in ("c2i", "t2i"):
-        log = open(setting.output / f"{kind}_shapes.log", "w")
-        jobs[kind] = subprocess.Popen(
-            [sys.executable, f"train_{kind}.py", "--config", f"{kind}_shapes", "--output_dir",
-             str(setting.output / "runs"), "--report_to", "none", *steps], stdout=log, stderr=subprocess.STDOUT,
-            cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"})
-    figures = {}
+        with open(setting.output / f"{kind}_shapes.log", "w") as log:
+            jobs[kind] = subprocess.Popen(
+                [sys.executable, f"train_{kind}.py", "--config", f"{kind}_shapes", "--output_dir",
+                 str(setting.output / "runs"), "--report_to", "none", *steps], stdout=log, stderr=subprocess.STDOUT,
+                cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "4"})
     for kind, job in jobs.items():
         job.wait()
-        figures[kind] = run_figures(setting.output / "runs" / f"{kind}_shapes" / "metrics.jsonl", job.returncode)
-        figures[kind]["seconds"] = time.perf_counter() - started
-    return figures
+        figures = run_figures(setting.output / "runs" / f"{kind}_shapes" / "metrics.jsonl", job.returncode)
+        yield {kind: figures | {"seconds": time.perf_counter() - started}}
 
 
 def run_figures(path: Path, code: int) -> dict:
     if code or not path.is_file():
         return {"exit_code": code}
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    evaluated = [line for line in lines if "eval/rewards/shapes_strict" in line or "eval/shapes_strict" in line]
+    evaluated = [line for line in lines if "eval/fid" in line]
     wanted = re.compile(r"eval/.*(strict|graded|fid|precision|recall|entropy|hamming|spread)")
     figures = {}
     for label, line in zip(("start", "end"), (evaluated[0], evaluated[-1])) if evaluated else ():
@@ -347,28 +344,27 @@ def run_figures(path: Path, code: int) -> dict:
                       "logp_gap_max": max(gaps, default=0.0)}
 
 
-def scoring(setting: Setting) -> dict:
-    """Rewards at batch 64 against single images, FID features, and 2,048 images from tokens to features."""
+def scoring(setting: Setting) -> Iterator[dict]:
+    """FID features, 2,048 images from tokens to features, and rewards at batch 64 against single images."""
+    yield from features_speed(setting)
     names = ["clip_text", "aesthetic", "imagereward", "maniqa", "lpips"]
-    figures = {}
     if missing := missing_package("open_clip"):
-        figures["without"] = missing
+        yield {"without": missing}
     else:
         names.insert(1, "hpsv2_text")
     config = rewards.SpeedConfig(rewards=names, device=str(setting.device), rounds=1,
                                  seconds=0.0 if setting.tiny else 0.5, batch_size=4 if setting.tiny else 64,
-                                 size="tiny" if setting.tiny else "full", preprocess="fast",
-                                 reward_dtype="float32", image_size=64 if setting.tiny else 256)
+                                 size="tiny" if setting.tiny else "full", preprocess="fast", reward_dtype="float32",
+                                 image_size=64 if setting.tiny else 256)
     for name in config.rewards:
         try:
             speed = rewards.measure(name, config)
-            figures[name] = {"batch": speed.batch, "single": speed.single, "ratio": speed.batch / speed.single}
+            yield {name: {"batch": speed.batch, "single": speed.single, "ratio": speed.batch / speed.single}}
         except (RuntimeError, ValueError) as error:  # one judge's failure tells nothing of the others
-            figures[name] = {"failed": str(error).splitlines()[0]}
-    return figures | features_speed(setting)
+            yield {name: {"failed": str(error).splitlines()[0]}}
 
 
-def features_speed(setting: Setting) -> dict:
+def features_speed(setting: Setting) -> Iterator[dict]:
     from reward_utils.inception import extract
     from reward_utils.inception_v3 import InceptionFeatures
 
@@ -377,7 +373,7 @@ def features_speed(setting: Setting) -> dict:
     side, count = (75, 4) if setting.tiny else (256, 512)
     images = torch.randint(0, 256, (count, 3, side, side), dtype=torch.uint8, device=setting.device)
     extract(net, images[: 64])
-    figures = {"fid_features_images_per_sec": count / seconds_of(lambda: extract(net, images), setting.device)}
+    yield {"fid_features_images_per_sec": count / seconds_of(lambda: extract(net, images), setting.device)}
     gpt = scaled_gpt(setting.gpt("GPT-XL", 256), setting.device)
     vq = vq_config("VQ-16")
     if setting.tiny:
@@ -386,19 +382,18 @@ def features_speed(setting: Setting) -> dict:
                     autocast_dtype=torch.bfloat16)
     total, batch = (4, 2) if setting.tiny else (2048, 256)
 
-    def end_to_end_images():
+    def from_tokens_to_features() -> None:
         for start in range(0, total, batch):
-            condition = random_condition(gpt.config, batch, setting.device)
-            generation = policy.sample(condition, None, range(start, start + batch))
+            generation = policy.sample(random_condition(gpt.config, batch, setting.device), None,
+                                       range(start, start + batch))
             pixels = policy.decode(generation.tokens)
-            if min(pixels.shape[2:]) >= 75:
-                extract(net, pixels)
+            extract(net, pixels if min(pixels.shape[2:]) >= 75 else images[:batch])  # Inception's least size
 
-    seconds = seconds_of(end_to_end_images, setting.device)
-    return figures | {"sampled_decoded_measured_images": total, "sampled_decoded_measured_seconds": seconds}
+    seconds = seconds_of(from_tokens_to_features, setting.device)
+    yield {"sampled_decoded_measured_images": total, "sampled_decoded_measured_seconds": seconds}
 
 
-def planner(setting: Setting) -> dict:
+def planner(setting: Setting) -> Iterator[dict]:
     """Predicted memory and time against measured ones, of one process: relative errors by phase."""
     flags = ["--gpt_model", "GPT-B", "--image_size", "32"] if setting.tiny else [
         "--gpt_model", "GPT-XL", "--image_size", "256", "--dtype", "bfloat16", "--gradient_checkpointing",
@@ -406,8 +401,9 @@ def planner(setting: Setting) -> dict:
     text = in_process(["-m", "benchmark.speed.plan", *flags, "--cfg_scale", "2", "--beta", "0.1", "--device",
                        str(setting.device), "--check"], setting.output / "planner.log")
     rows = re.findall(r"^(\w+) +([\d.]+) +([\d.]+) +(-?[\d.]+)% +([\d.]+) +([\d.]+) +(-?[\d.]+)%$", text, re.M)
-    return {name: dict(zip(("gb", "gb_measured", "gb_error_percent", "seconds", "seconds_measured",
-                            "seconds_error_percent"), map(float, numbers))) for name, *numbers in rows}
+    for name, *numbers in rows:
+        yield {name: dict(zip(("gb", "gb_measured", "gb_error_percent", "seconds", "seconds_measured",
+                               "seconds_error_percent"), map(float, numbers)))}
 
 
 def missing_package(name: str) -> str | None:
@@ -417,13 +413,13 @@ def missing_package(name: str) -> str | None:
 
 
 class Stage(NamedTuple):
-    run: Callable[[Setting], dict]
+    run: Callable[[Setting], Iterator[dict]]
     seconds: int  # its limit
 
 
 STAGES = {
-    "machine": Stage(machine, 40), "tests": Stage(tests, 110), "kernels": Stage(kernels, 100),
-    "exactness": Stage(exactness, 70), "decoding": Stage(decoding, 90), "training": Stage(training, 60),
-    "whole_job": Stage(whole_job, 120), "shapes": Stage(shapes, 200), "scoring": Stage(scoring, 90),
+    "machine": Stage(machine, 40), "tests": Stage(tests, 110), "kernels": Stage(kernels, 80),
+    "exactness": Stage(exactness, 60), "decoding": Stage(decoding, 90), "training": Stage(training, 60),
+    "whole_job": Stage(whole_job, 120), "shapes": Stage(shapes, 180), "scoring": Stage(scoring, 80),
     "planner": Stage(planner, 60),
 }

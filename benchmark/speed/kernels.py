@@ -32,18 +32,19 @@ CANDIDATES: dict[str, dict[int, list[tuple]]] = {
         32: [(32, 128, 4, 4), (32, 128, 2, 5), (32, 256, 4, 3), (16, 128, 4, 5), (32, 64, 4, 6), (16, 256, 4, 4),
              (64, 128, 4, 4)],
         64: [(64, 64, 4, 4), (32, 128, 4, 4), (64, 128, 4, 3), (32, 64, 4, 5)],
-        1 << 30: [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 4), (64, 128, 8, 3)]},
+        kernels.MANY: [(128, 64, 8, 3), (128, 64, 4, 3), (64, 64, 4, 4), (128, 64, 8, 4), (64, 128, 8, 3)]},
     "gated_product": {
         32: [(32, 128, 4, 4), (16, 128, 4, 5), (32, 64, 4, 6), (16, 256, 4, 3), (32, 128, 8, 4), (32, 256, 4, 2),
              (16, 128, 2, 6)],
         64: [(32, 64, 4, 4), (32, 128, 4, 3), (16, 128, 4, 4), (64, 64, 4, 4)],
-        1 << 30: [(64, 64, 8, 3), (64, 64, 4, 4), (128, 64, 8, 3), (64, 128, 8, 2)]},
-    "attend": {1 << 30: [(64, 4), (32, 4), (128, 4), (64, 2), (128, 8), (32, 2), (64, 8)]},
+        kernels.MANY: [(64, 64, 8, 3), (64, 64, 4, 4), (128, 64, 8, 3), (64, 128, 8, 2)]},
+    "attend": {32: [(128, 4), (128, 8), (256, 8), (256, 16), (512, 16), (64, 2)],
+               kernels.MANY: [(64, 2), (32, 2), (64, 4), (128, 4), (32, 1), (64, 1)]},
     "add_product": {
         32: [(16, 128, 4, 4), (16, 256, 4, 4), (16, 256, 8, 3), (16, 128, 2, 6), (32, 256, 4, 3), (16, 512, 8, 3),
              (16, 64, 4, 6)],
         64: [(32, 64, 4, 4), (16, 128, 4, 4), (32, 128, 4, 4), (16, 256, 4, 3)],
-        1 << 30: [(64, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 8, 4)]},
+        kernels.MANY: [(64, 64, 4, 4), (128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 8, 4)]},
 }
 
 
@@ -93,7 +94,7 @@ def launches(kernel: str, config: GPTConfig, num_rows: int, dtype: torch.dtype, 
     cache = KVCache(config, num_rows, config.cls_token_num + config.block_size, dtype, device).data.normal_()
     scratch = kernels.Scratch(config, num_rows, dtype, device)
     tokens, at = torch.zeros(num_rows, dtype=torch.long, device=device), torch.tensor([position], device=device)
-    step = kernels.Step(config, scratch, num_rows, at, outer.rope, None, kernels.EARLY)
+    step = kernels.Step(config, scratch, num_rows, at, outer.rope, None)
 
     def launch(weights: LayerWeights, keys_values: torch.Tensor) -> None:
         if kernel == "project_heads":
@@ -108,13 +109,10 @@ def launches(kernel: str, config: GPTConfig, num_rows: int, dtype: torch.dtype, 
 
     def with_tile(tile: tuple) -> Callable[[], None]:
         def run() -> None:
-            if kernel == "step":  # tile: (early,)
-                kernels.feed(config, layers, outer, cache, None, scratch, tokens, at, *tile)
+            if kernel == "step":
+                kernels.feed(config, layers, outer, cache, None, scratch, tokens, at)
                 return
-            if kernel == "attend":
-                kernels.ATTEND_POSITIONS, kernels.ATTEND_WARPS = tile
-            else:
-                kernels.TILES[kernel] = {1 << 30: tile}
+            kernels.TILES[kernel] = {kernels.MANY: tile}
             for weights, keys_values in zip(layers, cache):
                 launch(weights, keys_values)
         return run
@@ -188,13 +186,10 @@ def measure(config: KernelSpeedConfig) -> list[Timing]:
                 timings.append(Timing(kernel, rows, tuple(tile), 1e6 * seconds, share))
             best = min((one for one in timings if one[:2] == (kernel, rows)), key=lambda one: one.microseconds).tile
             with_tile(best if kernel == "attend" else Tile(*best))()  # stays for the whole step
-        with_tile = launches("step", model, rows, dtype, device, position)
-        for early in sorted({False, kernels.EARLY}):
-            seconds = seconds_of_graph(with_tile((early,)))
-            share = model.n_layer * sum(
-                (2 if kernel == "add_product" else 1) * least_bytes(kernel, model, rows, dtype.itemsize, position)
-                for kernel in CANDIDATES) / seconds / copy
-            timings.append(Timing("step", rows, ("early",) if early else (), 1e6 * seconds, share))
+        seconds = seconds_of_graph(launches("step", model, rows, dtype, device, position)(()))
+        least = model.n_layer * sum((2 if kernel == "add_product" else 1) * least_bytes(
+            kernel, model, rows, dtype.itemsize, position) for kernel in CANDIDATES)
+        timings.append(Timing("step", rows, (), 1e6 * seconds, least / seconds / copy))
     return timings
 
 

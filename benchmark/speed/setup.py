@@ -43,8 +43,9 @@ class ModelFlags:
 def random_gpt(config: GPTConfig, device: torch.device | str, gradient_checkpointing: bool = False,
                lora: LoRAConfig = LoRAConfig()) -> GPT:
     torch.manual_seed(0)
-    gpt = GPT(config)
-    torch.nn.init.normal_(gpt.output.weight, std=config.initializer_range)  # zero at a model's start: no distribution
+    with torch.device(device):  # a GPU draws a billion weights in no time
+        gpt = GPT(config)
+        torch.nn.init.normal_(gpt.output.weight, std=config.initializer_range)  # zero at a model's start: all alike
     gpt.gradient_checkpointing = gradient_checkpointing
     add_adapters(gpt, lora)
     return gpt.to(device).eval()
@@ -53,7 +54,9 @@ def random_gpt(config: GPTConfig, device: torch.device | str, gradient_checkpoin
 def random_vq(config: VQConfig, device: torch.device | str) -> VQModel:
     """As models.build loads it."""
     torch.manual_seed(0)
-    return VQModel(config).to(device).eval().requires_grad_(False).to(memory_format=torch.channels_last)
+    with torch.device(device):
+        vq = VQModel(config)
+    return vq.eval().requires_grad_(False).to(memory_format=torch.channels_last)
 
 
 def vq_config(name: str) -> VQConfig:
