@@ -29,12 +29,12 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from models import distributed
 from reward_utils.fid_math import KID_SUBSET_SIZE, KID_SUBSETS, Moments, bootstrap_interval, frechet_distance, \
     inception_score, inside, kernel_distance, moments, precision_recall
-from reward_utils.image_files import Batch, Share, count_images, read_batches
 from reward_utils.inception import FEATURES, extract_all, load_features
-from reward_utils.npz import npz_keys, open_npz, peek, read_array, read_text
+from utils import distributed
+from utils.image_files import Batch, Share, count_images, read_batches
+from utils.npz import npz_keys, open_npz, peek, read_array, read_text
 
 __all__ = ["frechet_distance", "inception_score", "precision_recall", "kernel_distance", "measure", "compare",
            "Evaluation", "parse_args", "format_table", "count_images", "read_batches"]

@@ -18,8 +18,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from models.config import one_line_errors, parse_args
-from models.run_folder import atomic_write_text
 from reward_utils.aesthetic import AestheticScorer
 from reward_utils.clip import ClipScorer
 from reward_utils.deqa_client import DeQAClient
@@ -40,6 +38,8 @@ from reward_utils.score_folder import ScoreConfig, as_csv, as_table, read_folder
 from reward_utils.settings import RewardSettings
 from reward_utils.shapes import SHAPES_SCORES, score_shapes
 from reward_utils.unireward_client import UniRewardClient
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors, parse_args
 
 # names that never read the prompt, so that a folder can be scored without one
 PROMPT_FREE = ("maniqa", "aesthetic", "deqa", "fid", "qwenvl_fake", "qwenvl_weird")
@@ -199,7 +199,7 @@ class UniReward(ReasonedReward):
 
 
 class ServedReward(Reward):
-    """Any rewards that `python -m reward_utils.server` scores on another GPU or host."""
+    """Any rewards that `python -m scripts.reward_server` scores on another GPU or host."""
 
     remote = True
 

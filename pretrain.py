@@ -24,15 +24,15 @@ from dataset import shapes
 from dataset.images import load_images
 from dataset.labels import load_class_names
 from models.checkpoint import load_vq, save_model
-from models.config import one_line_errors, parse_args
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.policy import Policy
 from models.text import TextEncoder, make_tiny_t5
 from models.vq import VQ_SIZES, VQConfig, VQModel
 from reward_utils.inception import ShapesFeatures
-from scripts.pretraining import STAGES, VALIDATION_SEED, PretrainConfig, autocast, batch_indices, device, fit, \
+from trainer_utils.pretraining import STAGES, VALIDATION_SEED, PretrainConfig, autocast, batch_indices, device, fit, \
     save_state, stage_settings, to_pixels
+from utils.config import one_line_errors, parse_args
 
 NO_DROPOUT = dict(token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)
 SHAPES_GPT = {"c2i": dict(n_layer=4, n_head=6, dim=192, multiple_of=64, **NO_DROPOUT),

@@ -27,15 +27,15 @@ from dataset import Condition
 from dataset.images import ShapesImages
 from dataset.sampler import row_seed
 from dataset.shapes import IMAGE_SIZE
-from grpo_trainer import GRPOConfig
-from models import distributed
 from models.build import load_policy
-from models.config import key_names, one_line_errors
 from models.lora import LoRAConfig
 from models.policy import Policy
-from models.run_folder import atomic_write_text
 from reward_utils.settings import RewardSettings
-from train_c2i import RunConfig
+from trainer_utils.composition import RunConfig
+from trainer_utils.grpo_config import GRPOConfig
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import key_names, one_line_errors
 
 NUM_IMAGES = {"shapes": 2048, "others": 50_000}
 NUM_REFERENCE = 5000

@@ -9,37 +9,21 @@ Writes OUT/00000/metadata.jsonl (the prompt's record), OUT/00000/samples/00000.p
 command again keeps every whole PNG. Shapes prompts are scored by the exact detector at the end (OUT/results.json);
 benchmark/geneval/eval.sh scores GenEval's, whose file `python -m benchmark.geneval.prompts` makes.
 """
-import hashlib
 import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
-
-import numpy as np
-import torch
-from PIL import Image
 
 from benchmark.evaluation_report import write_report
 from benchmark.prompt_scores import ImageScores, by_category, mean_and_error, mean_over_categories, \
     prompt_means, score_images, write_scores
-from benchmark.sampling import IMAGE, Job, Sample, claim_folder, is_complete, parse_job, read_png, write_png, \
-    write_samples
+from benchmark.sampling import SCORES, TRAINING_KEYS, Job, Sample, announcement, parse_job, sample_prompts
 from dataset import Condition, shapes
 from dataset.prompts import load_prompts
-from dataset.sampler import row_seed
-from grpo_trainer import GRPOConfig
 from img_gen_grpo_rewards import RewardSet
-from models import distributed
-from models.build import load_policy
-from models.config import key_names, one_line_errors
-from models.lora import LoRAConfig
-from models.run_folder import atomic_write_text
 from reward_utils.settings import RewardSettings
-from train_c2i import RunConfig
-from train_t2i import PromptConfig
-
-SCORES = ["shapes_strict", "shapes_graded", "shapes_quality"]
-TRAINING_KEYS = key_names(RunConfig, GRPOConfig, PromptConfig, LoRAConfig)  # what a training preset may hold besides
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import key_names, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -62,38 +46,6 @@ def shapes_prompts(per_task: int) -> list[Condition]:
         own = [record for record in shapes.split_prompts("test") if record["tag"] == task]
         records += [own[i * len(own) // per_task] for i in range(per_task)]
     return [shapes.prompt_condition(record) for record in records]
-
-
-def prompt_samples(folder: Path, prompts: list[Condition], num_images: int, seed: int) -> list[list[Sample]]:
-    """One list per prompt: the seed of an image depends on (seed, prompt's position, member) alone."""
-    return [[Sample(folder / f"{p:05d}" / "samples" / f"{m:05d}.png", prompt, row_seed(seed, IMAGE, p, m))
-             for m in range(num_images)] for p, prompt in enumerate(prompts)]
-
-
-def geneval_record(prompt: Condition) -> str:
-    return json.dumps({**prompt.metadata, "prompt": prompt.prompt})
-
-
-def write_records(groups: list[list[Sample]]) -> None:
-    for group in groups:
-        group[0].path.parent.mkdir(parents=True, exist_ok=True)
-        (group[0].path.parents[1] / "metadata.jsonl").write_text(geneval_record(group[0].condition) + "\n",
-                                                                 encoding="utf-8")
-
-
-def write_grid(group: list[Sample]) -> None:
-    """grid.png beside the samples, unless it is there and younger than they are."""
-    path, files = group[0].path.parents[1] / "grid.png", [sample.path for sample in group]
-    columns = math.ceil(math.sqrt(len(files)))
-    first = read_png(files[0])
-    height, width = first.shape[:2]
-    size = (math.ceil(len(files) / columns) * height, columns * width)
-    if is_complete(path, size) and path.stat().st_mtime >= max(file.stat().st_mtime for file in files):
-        return
-    sheet = Image.new("RGB", size[::-1], "white")
-    for i, file in enumerate(files):
-        sheet.paste(Image.fromarray(read_png(file)), (i % columns * width, i // columns * height))
-    write_png(path, np.asarray(sheet))
 
 
 def shapes_scores(folder: Path, groups: list[list[Sample]]) -> list[ImageScores]:
@@ -139,26 +91,13 @@ def load_conditions(job: Job) -> list[Condition]:
     return load_prompts(job.own.prompt_files, job.config.seed)
 
 
-def sample_prompts(job: Job, prompts: list[Condition], device: torch.device) -> list[list[Sample]]:
-    """Every prompt's images in GenEval's folders, made by all processes; returns when this one's share is there."""
-    policy = load_policy(job.policy, job.sampling, device)
-    groups = prompt_samples(job.folder, prompts, job.own.num_images_per_prompt, job.config.seed)
-    if distributed.is_main():
-        digest = hashlib.blake2b("\n".join(map(geneval_record, prompts)).encode(), digest_size=8).hexdigest()
-        claim_folder(job, policy, f"prompts {digest} through {job.policy.t5_path}")
-        write_records(groups)
-        print(f"{len(prompts)} prompts x {job.own.num_images_per_prompt} images of {job.policy.gpt_ckpt} on "
-              f"{distributed.world_size()} x {policy.device.type}")
-    write_samples(policy, [sample for group in groups for sample in group], job.config)
-    for group in groups[distributed.rank()::distributed.world_size()]:
-        write_grid(group)
-    return groups
-
-
 def main(argv: list[str] | None = None) -> None:
     job = parse_job(argv, "t2i", PromptSampleConfig, TRAINING_KEYS | key_names(RewardSettings), __doc__)
     prompts = load_conditions(job)
-    groups = sample_prompts(job, prompts, distributed.setup())
+    device = distributed.setup()
+    if distributed.is_main():
+        print(announcement(job, prompts, device))
+    groups = sample_prompts(job, prompts, device)
     if distributed.is_main():
         print(score(job, groups))
         print(f"wrote {len(prompts)} x {job.own.num_images_per_prompt} images to {job.folder}, seen in "

@@ -24,16 +24,15 @@ import torch
 
 from benchmark.evaluation_report import write_report
 from benchmark.prompt_scores import SUMMARY_FILE, format_summary, read_prompt_folders, score_images, write_scores
-from benchmark.sampling import Job, parse_job
+from benchmark.sampling import SCORES, TRAINING_KEYS, Job, announcement, parse_job, sample_prompts
 from dataset import Condition
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet, check_names
-from models import distributed
-from models.config import one_line_errors, parse_args, resolved
-from models.run_folder import RESUMABLE_CHANGES
 from reward_utils.settings import RewardSettings
-from sample_t2i import SCORES, TRAINING_KEYS, sample_prompts
-from train_c2i import spread_out
+from trainer_utils.run_folder import RESUMABLE_CHANGES
+from utils import distributed
+from utils.config import one_line_errors, parse_args, resolved
+from utils.lists import evenly
 
 REWARDS = ["clip_text", "hpsv2_text", "pickscore", "imagereward", "deqa", "aesthetic", "unireward"]  # as AR-GRPO
 SHAPES_PROMPTS = Path(__file__).resolve().parent / "benchmark" / "drawbench" / "shapes.json"
@@ -77,7 +76,7 @@ class PromptChoice:
         prompts = load_prompts(self.prompt_files or SHAPES_PROMPTS, seed)
         if self.unique_prompts:
             prompts = list({prompt.prompt: prompt for prompt in reversed(prompts)}.values())[::-1]
-        return spread_out(prompts, self.num_prompts or len(prompts))
+        return evenly(prompts, self.num_prompts or len(prompts))
 
 
 @dataclass(frozen=True)
@@ -120,6 +119,8 @@ def score_model(job: Job) -> None:
     names, device = choice.names(job.is_shapes), distributed.setup()
     prompts = job.own.load(job.is_shapes, job.config.seed)
     reward_set = load_rewards(names, settings, device)
+    if distributed.is_main():
+        print(announcement(job, prompts, device))
     groups = sample_prompts(job, prompts, device)
     distributed.barrier()  # the grids of all
     images = [(sample.path, sample.condition) for group in groups for sample in group]

@@ -18,12 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
-from benchmark.evaluation_report import NUM_EXTREMES, SETTINGS_FILE, prompt_figure, read_json, read_metrics
+from benchmark.evaluation_report import NUM_EXTREMES, SETTINGS_FILE, prompt_figure, read_metrics
 from benchmark.prompt_scores import SUMMARY_FILE, ImageScores, aligned, by_category, by_prompt, mean_and_error, \
     read_scores, score_names, title
-from models.config import one_line_errors
-from models.report import page, section, table
-from models.run_folder import atomic_write_text
+from trainer_utils.report import page, section, table
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors
+from utils.files import read_object
 
 RESULTS_DIR = "test_results"
 COVERAGE = 95.0  # per cent
@@ -53,7 +54,7 @@ def read_evaluation(name: str) -> Evaluation:
     folder = Path(name) if Path(name).is_dir() else Path(RESULTS_DIR) / name
     if not folder.is_dir():
         raise ValueError(f"{name}: no such folder, nor one in {RESULTS_DIR}/")
-    settings, summary = (read_json(folder / file) if (folder / file).is_file() else {}
+    settings, summary = (read_object(folder / file) if (folder / file).is_file() else {}
                          for file in (SETTINGS_FILE, SUMMARY_FILE))
     found = Evaluation(folder, settings, summary.get("reward_settings", {}), read_scores(folder), read_metrics(folder))
     if not found.rows and not found.metrics:

@@ -20,10 +20,11 @@ from PIL import Image
 
 from benchmark.prompt_scores import GENEVAL_SCORE, ImageScores, by_prompt, mean_of, mean_over_categories, \
     prompt_means, read_prompt_folders, read_scores, score_names, spell, summarise, title
-from dataset.files import parse_json, read_text
-from dataset.images import IMAGE_SUFFIXES, read_image
-from models.config import one_line_errors
-from models.report import environment, figure, page, section, table
+from trainer_utils.report import environment, figure, page, section, table
+from utils.config import one_line_errors
+from utils.files import read_object
+from utils.image_files import IMAGE_SUFFIXES, read_image
+from utils.lists import evenly
 
 REPORT_FILE, SETTINGS_FILE = "report.html", "sampling.json"
 THUMBNAIL = 128  # pixels of the longer side
@@ -44,7 +45,7 @@ def write_report(folder: Path, images: Path | None = None) -> Path:
     parts = [
         f"<h1>{html.escape(name)}</h1><p>{len(files)} images</p>",
         section("Metrics", metrics_table(metrics) + score_tables(rows)),
-        section("Images", figure(contact_sheet(spread(files, GRID_IMAGES), GRID_COLUMNS), "evenly over all images")),
+        section("Images", figure(contact_sheet(evenly(files, GRID_IMAGES), GRID_COLUMNS), "evenly over all images")),
         *extremes(images, rows),
         section("Settings", _json_table(folder / SETTINGS_FILE)),
         section("Environment", table(("", "version"), list(environment().items()))),
@@ -75,23 +76,7 @@ def metrics_file(folder: Path) -> Path | None:
 def read_metrics(folder: Path) -> dict:
     """fid_evaluation.py's numbers; empty where there are none."""
     path = metrics_file(folder)
-    return {} if path is None else read_json(path)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        data = parse_json(read_text(path), path.name)
-    except ValueError as error:
-        raise ValueError(f"{path} is not a JSON mapping: {error}") from None
-    if not isinstance(data, dict):
-        raise ValueError(f"{path} is not a JSON mapping")
-    return data
-
-
-def spread(items: Sequence, count: int) -> list:
-    """At most `count`, evenly over all."""
-    count = min(count, len(items))
-    return [items[i * len(items) // count] for i in range(count)]
+    return {} if path is None else read_object(path)
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
@@ -138,7 +123,7 @@ def score_tables(rows: list[ImageScores]) -> str:
 def _json_table(path: Path) -> str:
     if not path.is_file():
         return ""
-    return table(("setting", "value"), [(key, json.dumps(value)) for key, value in read_json(path).items()])
+    return table(("setting", "value"), [(key, json.dumps(value)) for key, value in read_object(path).items()])
 
 
 # ---- pictures --------------------------------------------------------------------------------------------------------

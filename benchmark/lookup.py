@@ -10,12 +10,12 @@ import re
 from dataclasses import dataclass, fields
 from pathlib import Path
 
-from dataset.files import parse_json, read_text
 from models.build import PolicyConfig, stored_settings
 from models.checkpoint import read_manifest
 from models.generate import SamplingConfig
 from models.gpt import GPTConfig
 from models.vq import VQConfig
+from utils.files import read_object
 
 WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin", "model.safetensors.index.json",
                 "pytorch_model.bin.index.json")
@@ -78,9 +78,7 @@ def _run_config(path: Path) -> dict:
     file = path / "config.json"
     if not file.is_file():
         return {}
-    config = parse_json(read_text(file), str(file))
-    if not isinstance(config, dict):
-        raise ValueError(f"{file} must hold a JSON object")
+    config = read_object(file)
     return {key: value for key, value in config.items() if key in SETTINGS}
 
 

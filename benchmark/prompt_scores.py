@@ -19,12 +19,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from dataset import Condition
-from dataset.files import parse_json, read_text
-from dataset.images import IMAGE_SUFFIXES
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet
-from models.run_folder import atomic_write_text
 from reward_utils.score_folder import score_files
+from utils.atomic import atomic_write_text
+from utils.files import parse_json, read_text
+from utils.image_files import IMAGE_SUFFIXES
 
 SCORES_FILE, SUMMARY_FILE, TABLE_FILE = "rewards.jsonl", "rewards.json", "rewards.csv"
 GENEVAL_FILE, GENEVAL_SCORE = "results.jsonl", "geneval_correct"  # GenEval's evaluator writes one, we name the other

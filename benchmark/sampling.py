@@ -1,4 +1,4 @@
-"""Write sampled images: what sample_c2i.py and sample_t2i.py share.
+"""Write sampled images: what sample_c2i.py, sample_t2i.py and test_t2i_rewards.py share.
 
 Image i depends on its condition and its own seed alone. Processes take whole batches whose composition doesn't depend
 on how many processes there are, so their number changes no bit. Another batch size uses the same random numbers and
@@ -11,6 +11,7 @@ Shapes: N images, L tokens, H W pixels.
 """
 import hashlib
 import json
+import math
 import os
 import struct
 import zipfile
@@ -25,17 +26,24 @@ import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
-from benchmark.evaluation_report import SETTINGS_FILE, read_json
+from benchmark.evaluation_report import SETTINGS_FILE
 from benchmark.lookup import Model, find_model
 from dataset import Condition
-from dataset.images import read_image
-from models import distributed
-from models.build import PolicyConfig
-from models.config import parse_args
+from dataset.sampler import row_seed
+from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
+from models.lora import LoRAConfig
 from models.policy import Policy, to_uint8
-from models.run_folder import atomic_write_text
+from trainer_utils.composition import PromptConfig, RunConfig
+from trainer_utils.grpo_config import GRPOConfig
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import key_names, parse_args
+from utils.files import read_object
+from utils.image_files import read_image
 
+SCORES = ["shapes_strict", "shapes_graded", "shapes_quality"]
+TRAINING_KEYS = key_names(RunConfig, GRPOConfig, PromptConfig, LoRAConfig)  # what a training preset may hold besides
 IMAGE, LABEL = 0, 1  # what a random number is for: the `step` of dataset.sampler.row_seed
 PNG_START, PNG_END = b"\x89PNG\r\n\x1a\n", b"\0\0\0\0IEND\xaeB`\x82"
 NUM_WRITERS = 8  # threads that compress PNGs; zlib works outside the interpreter's lock
@@ -133,7 +141,7 @@ def claim_folder(job: Job, policy: Policy, conditions: str) -> None:
                 "rollout_dtype": str(policy.rollout_dtype), "vq_dtype": str(policy.vq_dtype), **asdict(job.sampling)}
     file = job.folder / SETTINGS_FILE
     if file.is_file():
-        stored = read_json(file)
+        stored = read_object(file)
         changes = [f"{key}: {stored.get(key)} -> {settings.get(key)}" for key in {**stored, **settings}
                    if stored.get(key) != settings.get(key)]
         if changes:
@@ -250,3 +258,56 @@ def write_npz(path: Path, images: Iterable[np.ndarray], shape: tuple[int, int, i
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+def prompt_samples(folder: Path, prompts: list[Condition], num_images: int, seed: int) -> list[list[Sample]]:
+    """One list per prompt: the seed of an image depends on (seed, prompt's position, member) alone."""
+    return [[Sample(folder / f"{p:05d}" / "samples" / f"{m:05d}.png", prompt, row_seed(seed, IMAGE, p, m))
+             for m in range(num_images)] for p, prompt in enumerate(prompts)]
+
+
+def geneval_record(prompt: Condition) -> str:
+    return json.dumps({**prompt.metadata, "prompt": prompt.prompt})
+
+
+def write_records(groups: list[list[Sample]]) -> None:
+    for group in groups:
+        group[0].path.parent.mkdir(parents=True, exist_ok=True)
+        (group[0].path.parents[1] / "metadata.jsonl").write_text(geneval_record(group[0].condition) + "\n",
+                                                                 encoding="utf-8")
+
+
+def write_grid(group: list[Sample]) -> None:
+    """grid.png beside the samples, unless it is there and younger than they are."""
+    path, files = group[0].path.parents[1] / "grid.png", [sample.path for sample in group]
+    columns = math.ceil(math.sqrt(len(files)))
+    first = read_png(files[0])
+    height, width = first.shape[:2]
+    size = (math.ceil(len(files) / columns) * height, columns * width)
+    if is_complete(path, size) and path.stat().st_mtime >= max(file.stat().st_mtime for file in files):
+        return
+    sheet = Image.new("RGB", size[::-1], "white")
+    for i, file in enumerate(files):
+        sheet.paste(Image.fromarray(read_png(file)), (i % columns * width, i // columns * height))
+    write_png(path, np.asarray(sheet))
+
+
+def announcement(job: Job, prompts: list[Condition], device: torch.device) -> str:
+    return (f"{len(prompts)} prompts x {job.own.num_images_per_prompt} images of {job.policy.gpt_ckpt} on "
+            f"{distributed.world_size()} x {device.type}")
+
+
+def sample_prompts(job: Job, prompts: list[Condition], device: torch.device) -> list[list[Sample]]:
+    """Every prompt's images in GenEval's folders, made by all processes; returns when this one's share is there."""
+    policy = load_policy(job.policy, job.sampling, device)
+    groups = prompt_samples(job.folder, prompts, job.own.num_images_per_prompt, job.config.seed)
+    if distributed.is_main():
+        digest = hashlib.blake2b("\n".join(map(geneval_record, prompts)).encode(), digest_size=8).hexdigest()
+        claim_folder(job, policy, f"prompts {digest} through {job.policy.t5_path}")
+        write_records(groups)
+    write_samples(policy, [sample for group in groups for sample in group], job.config)
+    for group in groups[distributed.rank()::distributed.world_size()]:
+        write_grid(group)
+    return groups

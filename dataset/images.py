@@ -3,29 +3,15 @@
 Every source has `batch(indices) -> (images uint8 [N, H, W, 3], conditions)` and a length; item i is always the same.
 Leaves out augmentation beyond resize and centre crop.
 """
-import os
-import struct
-import zlib
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 
 from dataset import Condition, shapes
-from dataset.files import inside, one_line, parse_json, read_text, require_regular
 from dataset.labels import load_class_names
-
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
-# Only these decoders are ever tried, whatever a file is called: PIL has one that starts Ghostscript (EPS), and many
-# that few have looked at.
-FORMATS = ("PNG", "JPEG", "WEBP")
-COLOURS = ("RGB", "RGBA", "L", "LA", "P", "1")
-MAX_PIXELS = 100_000_000  # a small file can claim far more memory than it brings
-LIMIT_VARIABLE = "ARGRPO_MAX_PIXELS"  # in its place, for all that reads images; Pillow itself stops at 178,956,970
-MAX_ASPECT = 100  # a line of pixels, resized by its short side, would be far larger than the file's picture
-# What PIL is seen to raise for damaged files; a broken PNG is a SyntaxError. The warning: where warnings are errors.
-DAMAGED = (OSError, SyntaxError, ValueError, EOFError, LookupError, OverflowError, struct.error, zlib.error,
-           Image.DecompressionBombError, Image.DecompressionBombWarning)
+from utils.files import inside, parse_json, read_text
+from utils.image_files import IMAGE_SUFFIXES, read_image
 
 
 class ShapesImages:
@@ -62,53 +48,6 @@ class FolderImages:
     def batch(self, indices) -> tuple[np.ndarray, list[Condition]]:
         chosen = [self.items[int(i)] for i in indices]
         return np.stack([load_image(path, self.image_size) for path, _ in chosen]), [c for _, c in chosen]
-
-
-class Refused(ValueError):
-    """A readable image that is not taken."""
-
-
-def max_pixels() -> int:
-    """Of one image: MAX_PIXELS, or what the environment gives in its place."""
-    given = os.environ.get(LIMIT_VARIABLE)
-    if given is None:
-        return MAX_PIXELS
-    if not (given.isascii() and given.isdigit()) or len(given) > 12 or int(given) < 1:
-        raise ValueError(f"{LIMIT_VARIABLE} must be a number of pixels, got {given[:40]!r}")
-    return int(given)
-
-
-def check_size(width: int, height: int, name: str | Path, limit: int | None = None) -> None:
-    """Before any memory is taken: ValueError for a picture that is too large, empty, or next to a line."""
-    limit = max_pixels() if limit is None else limit
-    if width * height > limit:
-        raise Refused(f"{name}: {width}x{height} pixels, more than the {limit} allowed")
-    if min(width, height) < 1 or max(width, height) > MAX_ASPECT * min(width, height):
-        raise Refused(f"{name}: {width}x{height} pixels are no picture; its sides may differ by a factor of "
-                      f"{MAX_ASPECT}")
-
-
-def read_image(source, name: str | Path, limit: int | None = None, formats: tuple = FORMATS,
-               modes: tuple = COLOURS) -> np.ndarray:
-    """uint8 [H, W, 3] of an image file (a path or an open binary stream); `name` is what a complaint calls it.
-
-    Every image from outside is read here. limit: its pixels, None for `max_pixels()`.
-    """
-    try:
-        if isinstance(source, (str, Path)):
-            require_regular(Path(source), name)
-        with Image.open(source, formats=formats) as file:
-            check_size(file.width, file.height, name, limit)  # nothing is decompressed yet
-            if file.mode not in modes:
-                raise Refused(f"{name}: pixels of mode {file.mode}, wanted 8-bit colours ({', '.join(modes)})")
-            # MPO: a phone's photograph, whose further pictures are its depth or preview
-            if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
-                raise Refused(f"{name}: an animation of {file.n_frames} pictures, wanted one")
-            return np.asarray(file.convert("RGB"))
-    except Refused:
-        raise
-    except DAMAGED as error:
-        raise ValueError(f"{name}: not a readable image, wanted {' or '.join(formats)} ({one_line(error)})") from error
 
 
 def load_image(path: Path, size: int) -> np.ndarray:

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from dataset import Condition
-from dataset.files import parse_json, read_text
+from utils.files import parse_json, read_text
 
 SPLIT_FOLDERS = {"train", "val", "test"}
 WNID = re.compile(r"n\d{8}")

@@ -12,7 +12,7 @@ import os
 import random
 from pathlib import Path
 
-from dataset.files import parse_json, read_text
+from utils.files import parse_json, read_text
 
 
 def captions_by_image(path: Path) -> dict[int, list[str]]:

@@ -15,7 +15,7 @@ from math import ceil
 from pathlib import Path
 
 from dataset import Condition
-from dataset.files import inside, parse_json, read_text, read_yaml
+from utils.files import inside, parse_json, read_text, read_yaml
 
 WHAT = "prompt file"
 TEXT_KEYS = ("prompt", "caption", "text")

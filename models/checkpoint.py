@@ -24,10 +24,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text, refuse_compressed
 from models.gpt import GPT, GPT_SIZES, GPTConfig, rope_table
 from models.lora import merged_state
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from utils.files import read_object, refuse_compressed
 
 
 class Kind(NamedTuple):
@@ -105,7 +105,7 @@ def read_manifest(path: str | Path) -> dict | None:
     if path.is_file() and path.name != "model.safetensors":
         return None
     file = (path if path.is_dir() else path.parent) / "model.json"
-    return _read_json(file) if file.is_file() else None
+    return read_object(file) if file.is_file() else None
 
 
 def export_llamagen(model: GPT | VQModel, path: str | Path) -> None:
@@ -227,7 +227,7 @@ def _weight_files(path: Path) -> list[Path]:
 
 
 def _shards(index: Path) -> list[Path]:
-    weight_map = _read_json(index).get("weight_map")
+    weight_map = read_object(index).get("weight_map")
     names = sorted(set(map(str, weight_map.values()))) if isinstance(weight_map, dict) else []
     if not names or any(Path(name).name != name for name in names):  # never outside the folder
         raise ValueError(f"{index} has no usable weight_map")
@@ -235,13 +235,6 @@ def _shards(index: Path) -> list[Path]:
     if missing:
         raise ValueError(f"{index.parent} lacks {_listed(missing)}, which {index.name} names")
     return [index.parent / name for name in names]
-
-
-def _read_json(file: Path) -> dict:
-    data = parse_json(read_text(file), str(file))
-    if not isinstance(data, dict):
-        raise ValueError(f"{file} must hold a JSON object")
-    return data
 
 
 def _read_tensors(file: Path) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """One decoding step of models/gpt.py's transformer, for speed: the same numbers from weights prepared once per rollout.
 
 Against `GPT.forward_hidden` it changes where the weights lie (cast, w1 and w3 stacked, packed for oneDNN on CPUs), the
-form of the rotation, and how grouped queries meet their keys; tests/test_decoder.py compares the two. On GPUs a step is
+form of the rotation, and how grouped queries meet their keys; tests compare the two. On GPUs a step is
 the Triton kernels of models/kernels.py, which read the position from a tensor, so that one CUDA graph serves all of a
 rollout. Elsewhere, and as their plain twin, it is torch operations over cache positions up to a multiple of `bucket`.
 

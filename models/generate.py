@@ -19,6 +19,7 @@ from torch import Tensor
 from models.decoder import Decoder, rows_that_fit
 from models.gpt import GPT, KVCache, prefix_mask
 from models.graphs import StepGraphs
+from utils.gpu import free_bytes
 
 
 @dataclass(frozen=True)
@@ -263,10 +264,8 @@ class Engine:
         key = (gpt.config, sampling, dtype, num_rows)
         if key not in self.limits:
             self.release()
-            unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-            free = torch.cuda.mem_get_info(device)[0] + unused
             halves = 2 if sampling.num_guided(gpt.config.block_size) else 1
-            self.limits[key] = max(1, rows_that_fit(gpt.config, dtype, free // 2) // halves)
+            self.limits[key] = max(1, rows_that_fit(gpt.config, dtype, free_bytes(device) // 2) // halves)
         return self.limits[key]
 
 

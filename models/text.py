@@ -24,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dataset.files import one_line
+from utils.files import one_line
 
 MEMORY_PROMPTS = 1024  # prompts kept in memory: about 100 MB for flan-t5-xl in bf16 at 25 tokens a prompt
 GPU_ROWS = 64          # prompts per forward on a GPU

@@ -11,10 +11,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, locate
+from utils.files import one_line, parse_json, read_text
 
 CACHED_PROMPTS = 65536  # 268 MB at D = 1024
 
@@ -128,7 +128,7 @@ def load_clip(flag: str, folder: Path, model_class: type) -> nn.Module:
                          f"it was run); {mend}") from error
     except (OSError, ValueError, RuntimeError, ImportError, LookupError, TypeError, EOFError,
             SafetensorError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ValueError(f"{folder}: cannot be loaded as CLIP ({reason}); {mend}") from error
     # transformers leaves these weights random
     faults = [f"{key} is missing" for key in sorted(info["missing_keys"])]
@@ -169,7 +169,7 @@ def load_tokenizer(folder: Path, vocab_size: int):
             parse_json(read_text(folder / name), name)  # tokenizers raises a bare Exception instead
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
-        reason = " ".join(str(error).split())[:300]
+        reason = one_line(error)
         raise ValueError(f"{folder}: its tokenizer cannot be loaded ({reason}); fetch {', '.join(sorted(names))} "
                          "again") from error
     if len(tokenizer) > vocab_size:

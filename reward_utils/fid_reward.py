@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dataset.files import one_line
 from reward_utils.inception import extract, load_features
-from reward_utils.npz import npz_keys, open_npz, peek, read_array, read_text
 from reward_utils.quantize import FID_BOUNDS, FID_REWARDS, quantize
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import locate
+from utils.files import one_line
+from utils.npz import npz_keys, open_npz, peek, read_array, read_text
 
 DECAY = 0.9  # of earlier images' weight, per batch: they weigh at most 9 batches
 NUM_PARTS = 2  # of a batch, in the group form

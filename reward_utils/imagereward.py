@@ -12,10 +12,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text
 from reward_utils.pixels import clip_pixels, in_batches
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import CHECKPOINTS, fill, load_state, locate
+from utils.files import parse_json, read_text
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072  # of the raw scores, as published
 MAX_TOKENS = 35  # longer prompts are cut

@@ -21,9 +21,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text
 from reward_utils.pixels import normalize
 from reward_utils.weights import load_state
+from utils.files import parse_json, read_text
 
 NUM_CLASSES = 80  # COCO's
 LONG_SIDE, SHORT_SIDE = 1333, 800  # px; an image is scaled to fit both

@@ -2,7 +2,7 @@
 
 "exact" resizes with PIL on the CPU, as the original packages do; "fast" makes PIL's two passes with float weights on
 the images' device, so that near a half some values round to the next level: at most 2 % of them by one, 0.02 % by two
-(tests/test_pixels.py). On a CPU "exact" is the faster one.
+(tests/reward_utils/test_pixels.py). On a CPU "exact" is the faster one.
 """
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

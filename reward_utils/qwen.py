@@ -22,11 +22,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dataset.files import parse_json, read_text
 from reward_utils.answers import parse_all, parse_score_json, score_is_written
 from reward_utils.qwen_prompts import QUESTIONS, jpegs, question_text
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import locate
+from utils.files import parse_json, read_text
 
 MAX_NEW_TOKENS = 256
 CHECK_EVERY = 8  # tokens between looks at whether a row's score is written

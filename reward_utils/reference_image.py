@@ -12,9 +12,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from dataset.images import read_image
 from reward_utils.pixels import in_batches, unit_range
 from reward_utils.settings import RewardSettings
+from utils.image_files import read_image
 
 
 def compare_with_references(function: Callable[[Tensor, Tensor], Tensor], batch_size: int, images: Tensor,

@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from reward_utils.settings import RewardSettings
+from utils.files import one_line
 
 BACKOFF_SEC = 0.25  # before the second attempt; doubles from there
 MAX_ANSWER_BYTES = 16 << 20
@@ -223,7 +224,7 @@ def _read(response: http.client.HTTPResponse, sock: socket.socket, until: float)
 
 
 def _shown(text: str) -> str:
-    return " ".join(text.split())[:SHOWN_CHARACTERS]
+    return one_line(text, SHOWN_CHARACTERS)
 
 
 def _said(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""Any registered reward from `python -m reward_utils.server` on another GPU or host: equal to the local one.
+"""Any registered reward from `python -m scripts.reward_server` on another GPU or host: equal to the local one.
 
     scores, failures = RemoteScorer("http://gpu7:8100", settings)(["hpsv2_text"], images, prompts, metadata)
 
@@ -10,11 +10,11 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from dataset.files import one_line
 from reward_utils import wire
 from reward_utils.pixels import to_pil
 from reward_utils.remote import Endpoint, Failure, as_scores, number, post_all, read_json
 from reward_utils.settings import RewardSettings
+from utils.files import one_line
 
 
 def server_urls(settings: RewardSettings) -> dict[str, str]:

@@ -13,8 +13,8 @@ import torch
 from tqdm import tqdm
 
 from dataset import Condition
-from dataset.images import IMAGE_SUFFIXES, read_image
 from dataset.prompts import load_prompts
+from utils.image_files import IMAGE_SUFFIXES, read_image
 
 
 @dataclass(frozen=True)

@@ -57,7 +57,7 @@ class RewardSettings:
         "help": "the model's name on that server"})
     geneval_url: str | None = _url("a GenEval server, in place of a local detector", "GENEVAL_URL")
     reward_servers: list[str] = field(default_factory=list, metadata={
-        "help": "NAME=http://HOST:PORT: rewards that `python -m reward_utils.server` scores elsewhere"})
+        "help": "NAME=http://HOST:PORT: rewards that `python -m scripts.reward_server` scores elsewhere"})
     # read from the environment where it is sent, so that neither --help nor a run's config.json shows it
     reward_api_key: str | None = field(default=None, repr=False, metadata={
         "help": "bearer token for these servers; environment: REWARD_API_KEY, or for one of them DEQA_API_KEY, "

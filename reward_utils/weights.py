@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dataset.files import refuse_compressed
 from reward_utils.settings import RewardSettings
+from utils.files import one_line, refuse_compressed
 
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+(?<!\.pt)(?<!\.pth)(?<!\.safetensors)", re.ASCII)
 # What torch.load and safetensors are seen to raise on damaged or foreign files, beside their own errors.
@@ -115,7 +115,7 @@ def _download(flag: str, row: Checkpoint, lacking: str) -> Path:
         folder = snapshot_download(row.repo, allow_patterns=[row.local] if row.is_file else None,
                                    ignore_patterns=["*.msgpack", "*.h5", "*.ot", "*.py", "*.onnx", "*.gguf"])
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
-        reason = " ".join(str(error).split())[:200]
+        reason = one_line(error)
         raise ValueError(f"{lacking}, and {row.repo} could not be fetched from the hub ({reason}); "
                          f"{_mend(flag, row)}") from error
     return _file_in(Path(folder), flag)

@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dataset.images import read_image
+from utils.image_files import read_image
 
 
 def png(image: Image.Image) -> bytes:

@@ -6,7 +6,7 @@ Arguments are torchrun's; scripts/launch.sh puts them together. Three things dif
 - SIGTERM and SIGUSR1 go to the processes and nothing else happens: they save and end in their own time, and are not
   started again. torchrun would kill them after 30 seconds, or die of SIGUSR1 itself. That nobody gets a second chance
   holds on this machine; another machine's torchrun waits for this one until its rendezvous times out.
-- Each process leaves its error in a file ($ARGRPO_STATUS_DIR, models/config.py). The earliest one that is not a mere
+- Each process leaves its error in a file ($ARGRPO_STATUS_DIR, utils/config.py). The earliest one that is not a mere
   consequence of another is printed last; torchrun's own traceback is not.
 - The exit code is that process's: 143 or 138 stopped by SIGTERM or SIGUSR1, 137 killed, 130 Ctrl-C, else 1 or 2.
 """

@@ -3,10 +3,11 @@
 Bit-for-bit resume and two gloo processes hold there; on a machine with GPUs the scripts would take those. The tests
 that are made for GPUs too see them with ARGRPO_TEST_GPU=1:
 
-    ARGRPO_TEST_GPU=1 python -m pytest tests/test_sharding.py tests/test_streams.py
+    ARGRPO_TEST_GPU=1 python -m pytest tests/trainer_utils/test_sharding.py tests/models/test_streams.py
 """
 import os
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -25,3 +26,26 @@ def world(tmp_path_factory):
     folder = tmp_path_factory.mktemp("world")
     make_world(folder)
     return folder
+
+
+@pytest.fixture
+def serve(monkeypatch):
+    """serve(script) -> FakeServer; ended with the test."""
+    from reward_utils import remote
+    from tests.fake_server import FakeServer
+
+    monkeypatch.setattr(remote, "BACKOFF_SEC", 0.01)
+    for name in ("DEQA", "UNIREWARD", "QWENVL", "GENEVAL", "REWARD_SERVER", "REWARD"):
+        monkeypatch.delenv(f"{name}_API_KEY", raising=False)
+        monkeypatch.delenv(f"{name}_URL", raising=False)
+    servers = []
+
+    def start(script):
+        servers.append(FakeServer(script))
+        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
+        return servers[-1]
+    yield start
+    for server in servers:
+        server.released.set()
+        server.shutdown()
+        server.server_close()

@@ -4,9 +4,6 @@ import socket
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
-import pytest
-
-from reward_utils import remote
 from reward_utils.settings import RewardSettings
 
 SLACK_SEC = 5  # a bounded call on a busy machine; an unbounded one would take minutes
@@ -56,26 +53,6 @@ class FakeHandler(BaseHTTPRequestHandler):
         while data and not self.server.released.wait(0.02):
             self.wfile.write(data[:1])
             data = data[1:]
-
-
-@pytest.fixture
-def serve(monkeypatch):
-    """serve(script) -> FakeServer; ended with the test."""
-    monkeypatch.setattr(remote, "BACKOFF_SEC", 0.01)
-    for name in ("DEQA", "UNIREWARD", "QWENVL", "GENEVAL", "REWARD_SERVER", "REWARD"):
-        monkeypatch.delenv(f"{name}_API_KEY", raising=False)
-        monkeypatch.delenv(f"{name}_URL", raising=False)
-    servers = []
-
-    def start(script):
-        servers.append(FakeServer(script))
-        threading.Thread(target=servers[-1].serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
-        return servers[-1]
-    yield start
-    for server in servers:
-        server.released.set()
-        server.shutdown()
-        server.server_close()
 
 
 def settings(url, **flags):

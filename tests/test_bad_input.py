@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import grpo_trainer
-from models import distributed
-from models.run_folder import CHECKSUMS
 from tests.tiny_world import command_line
+from trainer_utils.run_folder import CHECKSUMS
+from utils import distributed
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -13,7 +13,7 @@ import fid_evaluation
 import sample_c2i
 from benchmark.cfg_sweep import best, format_sweep, plot_sweep
 from dataset.images import ShapesImages
-from models.config import one_line_errors
+from utils.config import one_line_errors
 
 ROOT = Path(__file__).resolve().parent.parent
 MODEL = ROOT / "models" / "pretrained" / "shapes" / "gpt_c2i"

@@ -15,8 +15,9 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import fid_evaluation as fid
-from reward_utils import fid_math, image_files
+from reward_utils import fid_math
 from reward_utils.inception import ShapesFeatures, extract, load_features
+from utils import image_files
 
 ROOT = Path(__file__).resolve().parent.parent
 

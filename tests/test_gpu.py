@@ -8,7 +8,7 @@ import torch
 from models.generate import Engine, SamplingConfig, generate
 from models.lora import LoRAConfig, add_adapters
 from models.policy import Policy, Scorer
-from tests.test_policy import SAMPLING, tiny_condition, tiny_gpt
+from tests.tiny_gpt import SAMPLING, tiny_condition, tiny_gpt
 from tests.tiny_world import CONDITIONS, make_trainer, make_world, weights
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
@@ -128,5 +128,3 @@ def test_scoring_beside_the_next_batch_changes_nothing(tmp_path):
         assert torch.equal(samples.tokens, parts[0].tokens)
         assert (samples.images.int() - parts[0].images.int()).abs().max() <= 1  # convolutions of another batch size
         torch.testing.assert_close(table, tables[0], atol=1e-2, rtol=0)
-
-

@@ -9,7 +9,7 @@ from PIL import Image
 import pretrain
 from dataset.images import load_images
 from models.checkpoint import load_gpt, load_vq
-from scripts import pretraining
+from trainer_utils import pretraining
 
 
 @pytest.fixture(scope="module")

@@ -16,30 +16,30 @@ import pytest
 import torch
 from PIL import Image
 
-from benchmark.evaluation_report import read_json
 from benchmark.geneval.evaluate import read_record
 from benchmark.geneval.summary import read_results
 from benchmark.lookup import _run_config
-from dataset import files, images
-from dataset.images import captioned_folder, load_image, read_image
+from dataset.images import captioned_folder, load_image
 from dataset.labels import load_class_names
 from dataset.prepare_coco import captions_by_image
 from dataset.prompts import load_prompts
 from fid_evaluation import load_statistics
 from models.checkpoint import load_gpt
-from models.config import _read_preset, resolved
 from models.gpt import GPTConfig
 from models.text import TextEncoder, make_tiny_t5
 from reward_utils.answers import parse_final_score, parse_score_json
 from reward_utils.clip import load_clip
 from reward_utils.fid_reward import load_moments
-from reward_utils.image_files import count_images, read_batches
 from reward_utils.inception import ShapesFeatures
 from reward_utils.mask2former import load_mask2former
 from reward_utils.reference_image import find_references
 from reward_utils.settings import RewardSettings
 from reward_utils.weights import load_state
 from tests.tiny_world import make_world
+from utils import files
+from utils.config import _read_preset, resolved
+from utils.files import read_object
+from utils.image_files import LIMIT_VARIABLE, count_images, read_batches, read_image
 
 TINY = GPTConfig(dim=32, n_layer=1, n_head=4, multiple_of=16, vocab_size=16, block_size=16)
 
@@ -176,7 +176,7 @@ def preset(path):
 
 TEXTS = {"prompts.json": load_prompts, "prompts.jsonl": load_prompts, "names.json": load_class_names,
          "captions.json": captions_by_image, "metadata.jsonl": lambda path: captioned_folder(path.parent, 8),
-         "config.json": lambda path: _run_config(path.parent), "sampling.json": read_json,
+         "config.json": lambda path: _run_config(path.parent), "sampling.json": read_object,
          "results.jsonl": read_results,
          "record.jsonl": lambda path: read_record(path, "shapes"),
          "model.safetensors.index.json": lambda path: load_gpt(path.parent, TINY),
@@ -211,7 +211,7 @@ def test_hostile_yaml(tmp_path, content):
 
 
 def test_numbers_of_a_preset_that_fit_no_float(tmp_path):
-    from models.config import parse_args
+    from utils.config import parse_args
     from grpo_trainer import GRPOConfig
     file = write(tmp_path / "p.yaml", "beta: 1" + "0" * 400 + "\n")
     with pytest.raises(SystemExit):
@@ -328,10 +328,10 @@ def test_the_limit_is_set_in_one_place(tmp_path, monkeypatch):
     path = write(tmp_path / "set" / "a.png", saved("PNG"))
     np.savez(tmp_path / "a.npz", arr_0=np.zeros((2, 16, 16, 3), np.uint8))
     assert read_image(path, path).shape == (16, 16, 3)
-    monkeypatch.setenv(images.LIMIT_VARIABLE, "255")
+    monkeypatch.setenv(LIMIT_VARIABLE, "255")
     assert "more than the 255 allowed" in refused(lambda path: read_image(path, path), path)
     assert "more than the 255 allowed" in refused(count_images, tmp_path / "a.npz")
-    monkeypatch.setenv(images.LIMIT_VARIABLE, "many")
+    monkeypatch.setenv(LIMIT_VARIABLE, "many")
     with pytest.raises(ValueError, match="ARGRPO_MAX_PIXELS must be a number of pixels, got 'many'"):
         read_image(path, path)
 
@@ -371,11 +371,11 @@ def test_hostile_arrays(tmp_path, name):
 
 
 def test_what_grows_a_thousandfold_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("reward_utils.npz.BOMB_BYTES", 1 << 20)
+    monkeypatch.setattr("utils.npz.BOMB_BYTES", 1 << 20)
     np.savez_compressed(tmp_path / "bomb.npz", arr_0=np.zeros((400, 64, 64, 3), np.uint8), mu=np.zeros(64),
                         sigma=np.zeros((64, 64)))
     assert "grows from" in refused(lambda path: list(read_batches(path, 4)), tmp_path / "bomb.npz")
-    monkeypatch.setattr("reward_utils.npz.MAX_ARRAY_BYTES", 1000)
+    monkeypatch.setattr("utils.npz.MAX_ARRAY_BYTES", 1000)
     assert "more than the 1000 allowed" in refused(NPZ_LOADERS["fid reward"], tmp_path / "bomb.npz")
 
 

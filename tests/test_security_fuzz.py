@@ -11,15 +11,14 @@ import torch
 from PIL import Image
 
 from benchmark.lookup import _run_config
-from dataset.images import read_image
 from dataset.prompts import load_prompts
 from models.checkpoint import load_gpt
-from models.config import _read_preset
-from models.report import _read_config
 from reward_utils.fid_reward import load_moments
-from reward_utils.image_files import read_batches
 from reward_utils.weights import load_state
 from tests.tiny_world import make_world
+from trainer_utils.report import _read_config
+from utils.config import _read_preset
+from utils.image_files import read_batches, read_image
 
 CASES = 12  # of each kind of file; 6,000 of each were run once, by hand
 SYNTAX = b'\0\xff09{}[]"\',:-&*!eE\n<'

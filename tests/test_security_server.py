@@ -10,11 +10,11 @@ import pytest
 import torch
 
 from img_gen_grpo_rewards import REWARDS, Reward
-from reward_utils import server as server_module
 from reward_utils.pixels import to_pil
-from reward_utils.server import ServerConfig, make_server
 from reward_utils.settings import RewardSettings
 from reward_utils.wire import base64_text, png
+from scripts import reward_server as server_module
+from scripts.reward_server import ServerConfig, make_server
 
 GOOD = base64_text(png(to_pil(torch.zeros(1, 3, 16, 16, dtype=torch.uint8))[0]))
 

@@ -10,15 +10,18 @@ SKIPPED = {"tests", ".venv", ".git"}
 
 # A call of the first may stand in the second alone.
 ONLY_IN = {
-    "json.loads": {"dataset.files", "reward_utils.remote",  # the two that bound what comes from outside
-                   "models.run_folder", "models.report", "benchmark.shapes.sweep",  # lines of the project's own logs
-                   "models.config", "scripts.run_workers",  # how a process of the job ended
+    "json.loads": {"utils.files", "reward_utils.remote",  # the two that bound what comes from outside
+                   # lines of the project's own logs
+                   "trainer_utils.run_folder", "trainer_utils.report", "benchmark.shapes.sweep",
+                   "benchmark.speed.gpu_check", "benchmark.speed.gpu_stages",
+                   "utils.config", "scripts.run_workers",  # how a process of the job ended
                    "scripts.crosscheck.compare", "scripts.crosscheck.original"},  # what the other of the two wrote
     "json.load": set(),
-    "urllib.request.urlopen": {"reward_utils.download"},
-    "subprocess.run": {"models.report", "benchmark.shapes.sweep", "scripts.pretraining", "scripts.run_workers"},
+    "urllib.request.urlopen": {"utils.download"},
+    "subprocess.run": {"trainer_utils.report", "benchmark.shapes.sweep", "trainer_utils.pretraining",
+                       "scripts.run_workers", "benchmark.speed.gpu_stages"},
     "pickle.dumps": {"reward_utils.legacy_pickle"},
-    "yaml.compose": {"dataset.files"},
+    "yaml.compose": {"utils.files"},
 }
 NEVER = {
     "eval", "exec", "compile", "__import__", "input", "os.system", "os.popen", "importlib.import_module",
@@ -121,7 +124,7 @@ def findings(module, text):
 def test_no_source_runs_what_it_reads():
     found = [f"{module} {finding}" for module, path in sources() for finding in findings(module, path.read_text())]
     assert not found, "\n".join(found)
-    assert {"dataset.files", "models.checkpoint", "train_c2i", "scripts.pretraining"} <= dict(sources()).keys()
+    assert {"utils.files", "models.checkpoint", "train_c2i", "trainer_utils.pretraining"} <= dict(sources()).keys()
 
 
 @pytest.mark.parametrize("text, finding", [
@@ -153,7 +156,7 @@ def test_what_is_allowed_passes():
 
 
 def test_the_key_of_the_reward_server_is_compared_in_constant_time():
-    text = (ROOT / "reward_utils" / "server.py").read_text()
+    text = (ROOT / "scripts" / "reward_server.py").read_text()
     tree = ast.parse(text)
     compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare) and "token" in ast.unparse(node)]
     assert not compared and "hmac.compare_digest(given," in text

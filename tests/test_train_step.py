@@ -7,18 +7,18 @@ import torch.nn.functional as F
 
 import grpo_trainer
 from grpo_trainer import GRPOConfig
-from models import memory
 from models.build import load_policy
-from models.config import parse_args
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
 from models.head import MixedProduct, logits_of
-from models.optimizer import AdamW8bit, build_optimizer, dequantize, positive_levels, quantize, signed_levels
 from models.policy import Policy, Scorer
-from models.reference import Reference
 from models.text import TextEncoder, make_tiny_t5
-from tests.test_policy import L, V, tiny_condition, tiny_gpt
+from tests.tiny_gpt import L, V, tiny_condition, tiny_gpt
 from tests.tiny_world import make_trainer, policy_config, weights
+from trainer_utils import memory
+from trainer_utils.optimizer import AdamW8bit, build_optimizer, dequantize, positive_levels, quantize, signed_levels
+from trainer_utils.reference import Reference
+from utils.config import parse_args
 
 
 @pytest.fixture(autouse=True)

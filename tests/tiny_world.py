@@ -16,9 +16,9 @@ from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import save_model
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
-from models.run_folder import RunFolder
 from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
+from trainer_utils.run_folder import RunFolder
 
 CODES, CLASSES, SIDE = 16, len(CLASS_NAMES), 4
 CONDITIONS = class_conditions(CLASS_NAMES)  # the shapes rewards read their prompts
@@ -53,10 +53,11 @@ def policy_config(folder: Path) -> PolicyConfig:
                         class_names="shapes")
 
 
-def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None,
-                 guidance_logprob="guided", device="cpu", dtype="float32", **config) -> GRPOTrainer:
-    """As train_c2i.train composes it, with `config` on top of SMALL; run: where to log, None for nowhere."""
-    grpo, stored = GRPOConfig(**{**SMALL, "guidance_logprob": guidance_logprob, **config}), replace(policy_config(world), dtype=dtype)
+def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None, device="cpu",
+                 dtype="float32", **config) -> GRPOTrainer:
+    """As trainer_utils/composition.py does it, with `config` on top of SMALL; run: where to log, None for nowhere."""
+    grpo = GRPOConfig(**{**SMALL, **config})
+    stored = replace(policy_config(world), dtype=dtype)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device(device))

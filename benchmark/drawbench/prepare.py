@@ -12,9 +12,9 @@ import json
 import sys
 from pathlib import Path
 
-from dataset.files import read_text
-from models.config import one_line_errors
-from models.run_folder import atomic_write_text
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors
+from utils.files import read_text
 
 COLUMNS = ("Prompts", "Category")
 

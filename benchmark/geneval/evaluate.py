@@ -22,13 +22,13 @@ from tqdm import tqdm
 from benchmark.evaluation_report import write_report
 from benchmark.geneval.summary import format_summary, summarize
 from dataset import shapes
-from dataset.files import parse_json, read_text
-from dataset.images import read_image
-from models import distributed
-from models.config import one_line_errors, parse_args
-from models.run_folder import atomic_write_text
 from reward_utils.geneval import GenevalScorer, ShapesScorer, record_problem
 from reward_utils.settings import RewardSettings
+from utils import distributed
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors, parse_args
+from utils.files import read_object
+from utils.image_files import read_image
 
 NUM_READERS = 4
 SCORERS = {"mask2former": GenevalScorer, "shapes": lambda settings, device: ShapesScorer()}
@@ -73,11 +73,9 @@ def _number(path: Path) -> tuple[int, str]:
 def read_record(path: Path, detector: str) -> dict:
     """The record of a prompt, checked against the detector's classes."""
     try:
-        record = parse_json(read_text(path), str(path))
+        record = read_object(path)
     except ValueError as error:
         raise ValueError(f"{error}; each prompt's folder needs its one JSON record") from None
-    if not isinstance(record, dict):
-        raise ValueError(f"{path} is not a JSON object but a {type(record).__name__}")
     problem = record_problem(record, CLASS_NAMES[detector])
     if problem is None and not all(isinstance(record.get(key), str) for key in ("tag", "prompt")):
         problem = "it needs the texts 'tag' and 'prompt'"

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from models.config import one_line_errors
-from models.run_folder import atomic_write_text
 from reward_utils.geneval import CLASS_NAMES, COLORS, RELATIONS
+from utils.atomic import atomic_write_text
+from utils.config import one_line_errors
 
 SEED = 43
 PROMPTS_PER_TASK = 100  # drawn; what repeats is dropped. single_object: every class once

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dataset.files import parse_json, read_text
-from models.config import one_line_errors
+from utils.config import one_line_errors
+from utils.files import parse_json, read_text
 
 COUNTED = ("tag", "correct", "metadata")  # of a line's fields
 

@@ -19,10 +19,10 @@ import torch
 from benchmark.shapes.statistics import shapes_statistics
 from dataset import shapes
 from dataset.sampler import row_seeds
-from models.statistics import token_hamming
 from img_gen_grpo_rewards import RewardSet
 from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
+from trainer_utils.statistics import token_hamming
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "models/pretrained/shapes"

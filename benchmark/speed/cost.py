@@ -21,9 +21,9 @@ from benchmark.speed import end_to_end
 from benchmark.speed.end_to_end import EndToEndConfig
 from benchmark.speed.roofline import synchronize
 from benchmark.speed.setup import DOWNSAMPLE, machine_name
-from models.config import one_line_errors, parse_args
-from models.distributed import Metrics
 from models.gpt import GPT, GPTConfig
+from utils.config import one_line_errors, parse_args
+from utils.distributed import Metrics
 
 KINDS = {"rollout": ("sample",), "training": ("reference", "update")}  # phases of a step
 

@@ -27,13 +27,13 @@ from benchmark.speed.train_step import TrainStepConfig, plain_step, random_minib
 from dataset import Condition
 from grpo_trainer import GRPOTrainer
 from img_gen_grpo_rewards import RewardResult, RewardSet, Scoring
-from models.config import one_line_errors, parse_args
-from models.distributed import Metrics
 from models.generate import SamplingConfig
 from models.gpt import GPTConfig
 from models.lora import LoRAConfig
-from models.memory import Meter
 from models.policy import Policy, default_rollout_dtype
+from trainer_utils.memory import Meter
+from utils.config import one_line_errors, parse_args
+from utils.distributed import Metrics
 
 PHASES = ("encode", "sample", "decode", "score", "reference", "update")
 

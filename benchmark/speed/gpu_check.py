@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from models.config import one_line_errors
+from utils.config import one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmark" / "RESULTS.md"

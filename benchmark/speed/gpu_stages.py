@@ -23,16 +23,16 @@ from torch import Tensor
 from benchmark.speed import end_to_end, reference, rewards, train_step
 from benchmark.speed.roofline import decode_work, measure_ceilings, seconds_of, synchronize
 from benchmark.speed.setup import machine_name, random_condition, random_gpt, random_vq, vq_config
-from models.distributed import Metrics
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT, GPT_SIZES, GPTConfig
-from models.memory import Meter
 from models.policy import Policy, Scorer
 from models.streams import Beside
+from trainer_utils.memory import Meter
+from utils.distributed import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEVICE_TESTS = ["test_kernels.py", "test_gpu.py", "test_streams.py", "test_decoder.py", "test_sharding.py",
-                "test_lora.py", "test_checkpoint.py", "test_trainer.py", "test_train_step.py"]
+                "test_lora.py", "test_checkpoint.py", "test_grpo_trainer.py", "test_train_step.py"]
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 ENTROPY_SCALE = 2.8  # standard deviation of random logits; ln V - s^2 / 2 = 5.8 nats
 TINY = dict(n_layer=2, n_head=4, dim=64)

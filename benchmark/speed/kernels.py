@@ -6,6 +6,7 @@
 Each kernel runs once per layer on that layer's own weights, so that no cache holds them, in one CUDA graph; the least
 of several replays counts. The best tile of each belongs into models/kernels.py (TILES). Needs a GPU.
 """
+import logging
 import multiprocessing
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -17,10 +18,12 @@ import torch
 from benchmark.speed.roofline import measure_ceilings
 from benchmark.speed.setup import ModelFlags, machine_name
 from models import kernels
-from models.config import one_line_errors, parse_args
 from models.decoder import LayerWeights, OuterWeights
 from models.gpt import GPTConfig, KVCache, rope_table
 from models.kernels import Tile
+from utils.config import one_line_errors, parse_args
+
+logger = logging.getLogger(__name__)
 
 REPLAYS = 10
 # What is tried for few, some and many rows; positions and warps of `attend`.
@@ -176,7 +179,7 @@ def measure(config: KernelSpeedConfig) -> list[Timing]:
             per_layer = 2 if kernel == "add_product" else 1
             for tile in candidates(kernel, rows):
                 if reason := attempt(with_tile(tile)):
-                    print(f"{kernel:<16}{rows:>6} {tuple(tile)}: {reason}", flush=True)
+                    logger.warning("%s, %d rows, %s: %s", kernel, rows, tuple(tile), reason)
                     continue
                 seconds = seconds_of_graph(with_tile(tile)) / model.n_layer / per_layer
                 share = least_bytes(kernel, model, rows, dtype.itemsize, position) / seconds / copy

@@ -18,10 +18,10 @@ from grpo_trainer import GRPOConfig, grpo_loss
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
 from models.lora import LoRAConfig, add_adapters
-from models.memory import Meter
-from models.optimizer import build_optimizer
 from models.policy import Policy, Scorer
 from models.vq import VQConfig, VQModel
+from trainer_utils.memory import Meter
+from trainer_utils.optimizer import build_optimizer
 
 F32 = torch.float32
 
@@ -155,7 +155,7 @@ def reference_cost(job: Job, num_images: int) -> tuple[int, Cost]:
 
 
 def reference_kind(job: Job) -> str:
-    """As models.reference chooses."""
+    """As trainer_utils.reference chooses."""
     return job.grpo.reference if job.grpo.reference != "auto" else "lora_base" if job.lora.lora_rank else "float32"
 
 

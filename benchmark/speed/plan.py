@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 
 import torch
 
-import train_c2i
-import train_t2i
 from benchmark.speed import end_to_end, planner
 from benchmark.speed.setup import vq_config
 from models.build import PolicyConfig
 from models.checkpoint import read_manifest
-from models.config import key_names, one_line_errors, parse_args
 from models.gpt import GPT_SIZES, GPTConfig
 from models.vq import VQConfig
+from trainer_utils.composition import CONFIGS, PromptConfig
+from utils.config import key_names, one_line_errors, parse_args
 
 NOWHERE = "none"  # stands for a file that a plan doesn't read
 
@@ -81,8 +80,7 @@ def check_lines(plan: planner.Plan, costs: end_to_end.StepCosts) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> planner.Plan:
-    *configs, config = parse_args((*train_c2i.CONFIGS, PlanConfig), argv, __doc__, placeholders,
-                                  key_names(train_t2i.PromptConfig))
+    *configs, config = parse_args((*CONFIGS, PlanConfig), argv, __doc__, placeholders, key_names(PromptConfig))
     if configs[0].num_threads:
         torch.set_num_threads(configs[0].num_threads)
     device = torch.device(config.device)

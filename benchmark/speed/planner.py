@@ -4,7 +4,7 @@
 ceilings, at shares of them that were measured on CPUs (SHARES) and are assumptions for GPUs: nothing here has run on
 one. Left out: reward models, the text encoder, evaluation, saving; overlap of communication with work.
 """
-from dataclasses import replace
+import os
 from typing import NamedTuple
 
 import torch
@@ -13,12 +13,14 @@ from benchmark.speed import on_paper
 from benchmark.speed.on_paper import Job
 from benchmark.speed.roofline import Ceilings, decode_work, forward_flops, measure_ceilings
 from benchmark.speed.setup import machine_name
-from models.decoder import native_bfloat16, rows_that_fit
+from models.decoder import rows_that_fit
 from models.gpt import GPTConfig
-from models.memory import SHARE, free_bytes
-from models.memory import rows_that_fit as images_that_fit
-from models.policy import default_rollout_dtype
+from models.policy import Policy, default_rollout_dtype
 from models.vq import VQConfig
+from trainer_utils.memory import SHARE
+from trainer_utils.memory import rows_that_fit as images_that_fit
+from utils import distributed
+from utils.gpu import free_bytes
 
 F32, BF16, F16 = torch.float32, torch.bfloat16, torch.float16
 PREFETCHED = 2  # blocks whose weights a sharded pass holds at a time: this one, and the next on its way
@@ -88,7 +90,7 @@ def measured_machine(device: torch.device) -> Machine:
 
 
 def job_of(configs: tuple, gpt: GPTConfig, vq: VQConfig, kind: str, world_size: int, gpus_per_node: int = 8) -> Job:
-    """configs: train_c2i.CONFIGS' instances, in that order; kind: cpu or cuda."""
+    """configs: instances of trainer_utils.composition.CONFIGS, in that order; kind: cpu or cuda."""
     run, policy, sampling, grpo, _, adapters = configs[:6]
     autocast = policy.autocast_dtype
     rollout = (default_rollout_dtype(autocast, torch.device(kind)) if policy.rollout_dtype == "auto"
@@ -150,7 +152,7 @@ def rollout_parts(job: Job, machine: Machine, weights: on_paper.Weights, standin
              "logits": num_images * gpt.vocab_size * (48 if on_gpu else 20)}
     if job.lora.lora_rank:
         parts["merged block"] = 4 * weights.matrices / gpt.n_layer
-    if job.shard_group > 1:  # models.distributed.gathered: all of them, from the rollout's begin to its end
+    if job.shard_group > 1:  # utils.distributed.gathered: all of them, from the rollout's begin to its end
         parts["gathered weights"] = (job.autocast_dtype or F32).itemsize * weights.matrices + 4 * weights.outside
     return parts, num_images
 
@@ -274,3 +276,11 @@ def as_lines(plan: Plan) -> list[str]:
 
 def parts_text(parts: dict[str, float]) -> str:
     return " + ".join(f"{name} {value / 1e9:.2f}" for name, value in parts.items() if value >= 5e6)
+
+
+def plan_lines(configs: tuple, policy: Policy) -> list[str]:
+    """What the steps of a run will need, from this machine's measured ceilings; configs: as for `job_of`."""
+    machine = measured_machine(policy.device)
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", distributed.world_size()))
+    job = job_of(configs, policy.gpt.config, policy.vq.config, machine.kind, distributed.world_size(), local)
+    return as_lines(plan(job, machine))

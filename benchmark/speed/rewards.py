@@ -25,10 +25,10 @@ from torch import Tensor
 
 from benchmark.speed import random_weights as weights
 from img_gen_grpo_rewards import RewardSet
-from models.config import one_line_errors, parse_args
 from reward_utils import hps
 from reward_utils.maniqa_net import ManiqaSizes
 from reward_utils.settings import RewardSettings
+from utils.config import one_line_errors, parse_args
 
 GROUP = 8  # images of a prompt
 

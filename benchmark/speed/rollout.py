@@ -20,10 +20,10 @@ from torch import Tensor
 from benchmark.speed import reference
 from benchmark.speed.roofline import decode_work, measure_ceilings, seconds_of
 from benchmark.speed.setup import ModelFlags, machine_name, random_condition, random_gpt
-from models.config import one_line_errors, parse_args
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT
 from models.policy import Scorer
+from utils.config import one_line_errors, parse_args
 
 SAMPLING_STEPS = 20  # timed to tell sampling from the layers
 PARITY_IMAGES = 4

@@ -22,10 +22,10 @@ from torch.utils._pytree import tree_leaves
 from dataset.labels import class_conditions, load_class_names
 from grpo_trainer import GRPOConfig, GRPOTrainer
 from img_gen_grpo_rewards import RewardSet
-from models import distributed
 from models.build import PolicyConfig, load_policy
-from models.config import one_line_errors, parse_args
 from models.generate import SamplingConfig
+from utils import distributed
+from utils.config import one_line_errors, parse_args
 
 SHAPES = "models/pretrained/shapes"
 

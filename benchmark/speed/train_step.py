@@ -6,7 +6,7 @@
 
 Ours is the trainer's own code (GRPOTrainer.update). --baseline also measures a plain step: logits [N, L, V] in two
 passes, all rows at once, a float32 copy as the reference, AdamW. Memory is all that a step needs, weights, gradients
-and optimizer included: a GPU's own count, on CPUs that of models.memory.Meter. FLOP/s are those that the mathematics
+and optimizer included: a GPU's own count, on CPUs trainer_utils.memory.Meter's. FLOP/s are those that the mathematics
 needs, without what checkpointing computes twice. Left out: rollouts, processes beside this one.
 """
 import copy
@@ -20,13 +20,13 @@ from torch import Tensor
 from benchmark.speed.roofline import forward_flops, measure_ceilings, synchronize
 from benchmark.speed.setup import ModelFlags, machine_name, random_gpt
 from grpo_trainer import GRPOConfig, GRPOTrainer, Rollout, grpo_loss
-from models.config import one_line_errors, parse_args
-from models.distributed import Metrics
 from models.generate import SamplingConfig
 from models.gpt import GPT
 from models.lora import LoRAConfig
-from models.memory import Meter
 from models.policy import Policy
+from trainer_utils.memory import Meter
+from utils.config import one_line_errors, parse_args
+from utils.distributed import Metrics
 
 PHASES = ("seconds/reference", "seconds/update")
 

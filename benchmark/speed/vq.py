@@ -13,12 +13,12 @@ from typing import NamedTuple
 import torch
 
 from benchmark.speed.roofline import seconds_of
-from models.config import one_line_errors, parse_args
 from models.generate import SamplingConfig
 from models.gpt import GPT, GPTConfig
-from models.memory import peak_bytes
 from models.policy import Policy
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from trainer_utils.memory import peak_bytes
+from utils.config import one_line_errors, parse_args
 
 
 @dataclass(frozen=True)

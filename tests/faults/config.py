@@ -5,9 +5,9 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from models.run_folder import RESUMABLE_CHANGES, RunFolder
 from tests.faults.damage import flipped
 from tests.faults.job import Lab, Trial, check_one_line, contents
+from trainer_utils.run_folder import RESUMABLE_CHANGES, RunFolder
 
 FLIPS = 100
 CASES: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # name -> (damage, what the error must name beside the file)

@@ -1,6 +1,6 @@
 """Damaged checkpoint files: each must be refused by name, and the checkpoint before it used.
 
-Most cases ask models.run_folder in this process, on a copy of a good run; a few go through real restarts. Left out:
+Most cases ask the run folder's code in this process, on a copy of a good run; a few go through real restarts. Left out:
 a file whose entry in checksums.json was changed to match, which no checksum can see.
 """
 import logging
@@ -9,8 +9,8 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-from models.run_folder import CHECKSUMS, RunFolder, checkpoint_damage
 from tests.faults.job import Job, Lab, Trial, check_finished, check_resumption, checkpoints, contents
+from trainer_utils.run_folder import CHECKSUMS, RunFolder, checkpoint_damage
 
 
 def truncated(content: bytes, other: bytes, rng: random.Random) -> bytes:

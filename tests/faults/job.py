@@ -1,6 +1,6 @@
 """A training run as a user sees it: a command, its processes and exit code, its log, and what lies in its folder.
 
-Nothing of the trainer is imported. A checkpoint is an opaque folder that models.run_folder.checkpoint_damage judges;
+Nothing of the trainer is imported. A checkpoint is an opaque folder that run_folder.checkpoint_damage judges;
 that this judge sees damage is shown by damage.py.
 """
 import contextlib
@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from models.run_folder import checkpoint_damage
 from tests.tiny_world import command_line, make_world
+from trainer_utils.run_folder import checkpoint_damage
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 SCRIPT = "train_c2i.py"

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from img_gen_grpo_rewards import RewardSet
-from reward_utils.server import as_json, read_request
+from scripts.reward_server import as_json, read_request
 from tests.fake_server import FakeServer, close
 from tests.faults.disk import stopped
 from tests.faults.job import (END_SEC, ROOT, Lab, Trial, check_finished, check_one_line, check_resumption, check_tidy,
@@ -66,7 +66,7 @@ class Judge:
 
 
 class RealServer:
-    """`python -m reward_utils.server`, in a context; it can be killed and started again at its address."""
+    """`python -m scripts.reward_server`, in a context; it can be killed and started again at its address."""
 
     def __init__(self, log: Path):
         with socket.socket() as probe:
@@ -75,7 +75,7 @@ class RealServer:
         self.log, self.process, self.url = log, None, f"http://127.0.0.1:{self.port}"
 
     def start(self):
-        command = [sys.executable, "-m", "reward_utils.server", "--reward", REWARD, "--port", str(self.port)]
+        command = [sys.executable, "-m", "scripts.reward_server", "--reward", REWARD, "--port", str(self.port)]
         with open(self.log, "wb") as log:
             self.process = subprocess.Popen(command, stdout=log, stderr=log, cwd=ROOT)
         serving = wait_until(lambda: "serving" in self.log.read_text(), lambda: self.process.poll() is None, END_SEC)

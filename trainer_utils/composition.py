@@ -1,0 +1,130 @@
+"""Flags -> policy, rewards, run folder -> trainer: what train_c2i.py and train_t2i.py share.
+
+What stands above this room (the trainer, the benchmarks) is handed in by the scripts.
+"""
+import logging
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from dataset import Condition, shapes
+from dataset.prompts import load_prompts
+from img_gen_grpo_rewards import RewardSet
+from models.build import PolicyConfig, load_policy, save_policy
+from models.checkpoint import require_checkpoint
+from models.generate import SamplingConfig
+from models.lora import LoRAConfig, add_adapters
+from models.policy import Policy
+from reward_utils.settings import RewardSettings
+from trainer_utils.grpo_config import GRPOConfig
+from trainer_utils.run_folder import RunFolder
+from utils import distributed
+from utils.config import resolved
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    run_name: str = field(metadata={"help": "the run is written to output_dir/run_name"})
+    reward_funcs: list[str] = field(metadata={"help": "names of img_gen_grpo_rewards.REWARDS"})
+    reward_weights: list[float] | None = None  # None: 1 each
+    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": "none: reward_funcs"})
+    eval_num_prompts: int = field(default=32, metadata={"help": "held-out prompts (or classes) of an evaluation"})
+    image_statistics: str = field(default="none", metadata={"help": "shapes: FID and diversity in evaluations"})
+    output_dir: str = "checkpoints"
+    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
+    gradient_checkpointing: bool = field(default=False, metadata={
+        "help": "keep one activation per layer and compute the others again: less memory, a third more time"})
+    offload: bool = field(default=False, metadata={
+        "help": "text encoder and reward models are on the GPU only while they are in use"})
+    dry_run: bool = field(default=False, metadata={
+        "help": "build everything, make one tiny step, print the plan, write nothing"})
+    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
+    comm_timeout: float = field(default=1800.0, metadata={
+        "help": "seconds without an answer after which the processes give another one up, and the run ends; more than "
+                "rank 0 takes to write and hash a checkpoint, unless --async_save"})
+
+    def __post_init__(self):
+        if self.image_statistics not in ("none", "shapes"):
+            raise ValueError(f"image_statistics must be none or shapes, got {self.image_statistics!r}")
+        for name, least in (("eval_num_prompts", 1), ("num_threads", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 < self.comm_timeout < math.inf:
+            raise ValueError(f"comm_timeout must be a positive number of seconds, got {self.comm_timeout}")
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    prompt_files: list[str] = field(metadata={"help": "shapes, or prompt files (.json .jsonl .txt .yaml)"})
+    eval_prompt_files: list[str] = field(metadata={"help": "held-out prompts, likewise"})
+
+
+CONFIGS = (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, RewardSettings, LoRAConfig)
+
+
+def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], eval_conditions: list[Condition],
+          plan_lines: Callable[[tuple, Policy], list[str]], shapes_statistics: Callable) -> list[str]:
+    """A whole run; returns the lines that a dry run tells.
+
+    configs: instances of CONFIGS and what a script adds. Every process gets all conditions.
+    trainer: grpo_trainer.GRPOTrainer. plan_lines(configs, policy): what the real steps will need.
+    shapes_statistics(kind) -> what --image_statistics shapes adds to evaluations.
+    """
+    run_config, policy_config, sampling, grpo, rewards, adapters = configs[:6]
+    device = distributed.setup(run_config.comm_timeout)
+    if run_config.num_threads:
+        torch.set_num_threads(run_config.num_threads)
+    logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
+    logging.getLogger(__name__).info(grpo.arithmetic(distributed.world_size()))
+    for path in (policy_config.vq_ckpt, policy_config.gpt_ckpt):  # told before minutes of loading rewards and T5
+        require_checkpoint(path)
+    if run_config.offload:
+        rewards = replace(rewards, offload_rewards=True)
+    models: dict = {}  # the evaluation shares the reward models
+    reward_set = RewardSet(run_config.reward_funcs, run_config.reward_weights, rewards, device, models)
+    eval_rewards = RewardSet(run_config.eval_reward_funcs or run_config.reward_funcs, None, rewards, device, models)
+    policy = load_policy(policy_config, sampling, device)
+    policy.gpt.gradient_checkpointing = run_config.gradient_checkpointing
+    add_adapters(policy.gpt, adapters)
+    if policy.text_encoder is not None:
+        policy.text_encoder.offload = run_config.offload
+    run = None
+    if distributed.is_main() and not run_config.dry_run:
+        settings = resolved(*configs) | {"num_processes": distributed.world_size(),
+                                         "images_per_update": grpo.images_per_update * distributed.world_size()}
+        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to)
+    wants_statistics = run_config.image_statistics == "shapes" and distributed.is_main()
+    try:
+        trainer(tiny(grpo) if run_config.dry_run else grpo, policy, (train_conditions, reward_set),
+                (eval_conditions, eval_rewards), run,
+                lambda folder, weights: save_policy(folder, policy, policy_config, weights),
+                shapes_statistics(policy_config.gpt_type) if wants_statistics else None).train()
+    except SystemExit:  # preempted: every process is here
+        distributed.shutdown()
+        raise
+    finally:
+        if run:
+            run.close()
+    told = []
+    if run_config.dry_run and distributed.is_main():
+        told = [*plan_lines(configs[: len(CONFIGS)], policy), "dry run: one tiny step passed, nothing was written"]
+    distributed.shutdown()
+    return told
+
+
+def tiny(config: GRPOConfig) -> GRPOConfig:
+    """One step of two images a process, through the same code."""
+    return replace(config, num_generations=2, per_device_train_batch_size=2, gradient_accumulation_steps=1,
+                   num_minibatches=1, num_iterations=1, rollout_batch_size=0, exit_step=1, eval_steps=0)
+
+
+def load_conditions(files: list[str], split: str, count: int, seed: int) -> list[Condition]:
+    """files: ["shapes"] draws `count` captions of the split, task by task; else prompt files, read whole."""
+    if files != ["shapes"]:
+        return load_prompts(files, seed)
+    rng = np.random.default_rng((seed, ("train", "test").index(split)))
+    return [shapes.prompt_condition(shapes.sample_record(rng, split)) for _ in range(count)]
