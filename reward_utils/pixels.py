@@ -26,7 +26,7 @@ def to_pil(images: Tensor) -> list[Image.Image]:
 
 def normalize(pixels: Tensor, mean=CLIP_MEAN, std=CLIP_STD) -> Tensor:
     """float [N, 3, H, W] in [0, 1] -> (pixels - mean) / std per channel."""
-    mean, std = (torch.tensor(x, dtype=pixels.dtype, device=pixels.device)[:, None, None] for x in (mean, std))
+    mean, std = (torch.tensor(x, dtype=pixels.dtype)[:, None, None].to(pixels.device) for x in (mean, std))
     return (pixels - mean) / std
 
 
@@ -34,7 +34,7 @@ def unit_range(images: Tensor) -> Tensor:
     """uint8 levels -> float32 in [0, 1], the nearest float to level / 255 on every device."""
     assert images.dtype == torch.uint8, f"images are uint8 levels, got {images.dtype}"
     # a tensor: CUDA would multiply by a number's reciprocal, which is off in the last bit
-    return images.float() / torch.tensor(255.0, device=images.device)
+    return images.float() / torch.full((), 255.0, device=images.device)
 
 
 def clip_pixels(images: Tensor, size: int, preprocess: str, device: torch.device | str,

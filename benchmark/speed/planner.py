@@ -52,7 +52,8 @@ class Shares(NamedTuple):
 
 
 SHARES = {"cpu": Shares(0.43, 0.8, 0.88, 0.5, {"adamw": 80.0, "adamw_fused": 40.0, "adamw_8bit": 1500.0}),
-          "cuda": Shares(0.5, 0.6, 0.5, 0.33, {"adamw": 50.0, "adamw_fused": 28.0, "adamw_8bit": 200.0})}
+          # of one H200, benchmark/RESULTS.md; convolutions in float32 run on tensor cores as TF32, above the ceiling
+          "cuda": Shares(0.3, 0.6, 1.9, 0.2, {"adamw": 50.0, "adamw_fused": 28.0, "adamw_8bit": 200.0})}
 
 # The makers' data sheets: dense bf16, float32 without TF32, memory of the SXM card. Between machines: 400 Gbit/s a GPU.
 HARDWARE = {
