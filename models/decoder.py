@@ -66,15 +66,11 @@ def rows_that_fit(config: GPTConfig, dtype: torch.dtype, free_bytes: int) -> int
     return max(1, spare // (cache + config.vocab_size * 4 * (4 + 8)))
 
 
-def own(weight: Tensor) -> Tensor:
-    """On GPUs a copy: captured graphs hold its address, and parameters may move."""
-    return weight.detach().clone() if weight.is_cuda else weight.detach()
-
-
-def prepared(weights: list[Tensor], dtype: torch.dtype, num_rows: int) -> Tensor:
-    """Matrices [out, in], stacked, for `linear`."""
-    weight = torch.cat([weight.detach().to(dtype) for weight in weights]) if weights[1:] else own(weights[0]).to(dtype)
-    return torch.ops.mkldnn._reorder_linear_weight(weight, num_rows) if packs(weight) else weight
+def prepared(weights: list[Tensor], dtype: torch.dtype, num_rows: int, static: bool = False) -> Tensor:
+    """Matrices [out, in], stacked, for `linear`; static: see Decoder."""
+    parts = [weight.detach().to(dtype) for weight in weights]
+    weight = torch.cat(parts) if parts[1:] else parts[0]
+    return weight if static or not packs(weight) else torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
@@ -84,11 +80,11 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
     return F.linear(x, weight)
 
 
-def layer_weights(layer: Block, dtype: torch.dtype, num_rows: int) -> LayerWeights:
+def layer_weights(layer: Block, dtype: torch.dtype, num_rows: int, static: bool = False) -> LayerWeights:
     attention, mlp = layer.attention, layer.feed_forward
     matrices = ([attention.wqkv.weight], [attention.wo.weight], [mlp.w1.weight, mlp.w3.weight], [mlp.w2.weight])
-    wqkv, wo, w13, w2 = (prepared(weights, dtype, num_rows) for weights in matrices)
-    return LayerWeights(own(layer.attention_norm.weight), wqkv, wo, own(layer.ffn_norm.weight), w13, w2)
+    wqkv, wo, w13, w2 = (prepared(weights, dtype, num_rows, static) for weights in matrices)
+    return LayerWeights(layer.attention_norm.weight.detach(), wqkv, wo, layer.ffn_norm.weight.detach(), w13, w2)
 
 
 def rotate(heads: Tensor, count: int, rope: Tensor) -> Tensor:
@@ -127,17 +123,19 @@ def attend(queries: Tensor, cache: Tensor, mask: Tensor | None) -> Tensor:
 
 
 class Decoder:
-    """Prepared weights and the cache of `num_rows` rows. On GPUs both stay where they are from rollout to rollout, so
-    that captured steps stay valid; on CPUs `load` makes the weights anew.
+    """Prepared weights and the cache of `num_rows` rows.
 
     dtype: of matrix products and (on GPUs) the cache; the residual stream and the norms keep the parameters' dtype.
     bucket: cache positions read are a multiple of it; 0: whatever suits. fused: by Triton kernels; None: on GPUs.
+    static: weights are copied to the same addresses in each rollout, so that captured steps stay valid; None: on GPUs.
+    Elsewhere `load` makes them anew, or reads the parameters themselves.
     """
 
     def __init__(self, config: GPTConfig, num_rows: int, dtype: torch.dtype, device: torch.device, bucket: int = 0,
-                 fused: bool | None = None):
+                 fused: bool | None = None, static: bool | None = None):
         on_gpu = device.type == "cuda"
         self.config, self.num_rows, self.dtype = config, num_rows, dtype
+        self.static = on_gpu if static is None else static
         fused = on_gpu if fused is None else fused
         length = config.cls_token_num + config.block_size - 1
         self.bucket = bucket or (length if fused else 1)
@@ -161,16 +159,19 @@ class Decoder:
 
     def load(self, gpt: GPT) -> None:
         """Prepares the weights as they are now."""
-        layers = (layer_weights(layer, self.dtype, self.num_rows) for layer in gpt.layers)
-        outer = OuterWeights(own(gpt.tok_embeddings.weight), own(gpt.norm.weight),
-                             prepared([gpt.output.weight], operand_dtype(gpt.output.weight.device, self.dtype),
-                                      self.num_rows), own(gpt.rope))
-        if self.outer is None or not self.outer.output.is_cuda:
+        layers = (layer_weights(layer, self.dtype, self.num_rows, self.static) for layer in gpt.layers)
+        head = prepared([gpt.output.weight], operand_dtype(gpt.output.weight.device, self.dtype), self.num_rows,
+                        self.static)
+        outer = OuterWeights(gpt.tok_embeddings.weight.detach(), gpt.norm.weight.detach(), head, gpt.rope)
+        if not self.static:
             self.layers, self.outer = list(layers), outer
-            return
-        for old, new in zip([*self.layers, self.outer], [*layers, outer]):
-            for buffer, value in zip(old, new):
-                buffer.copy_(value)
+        elif self.outer is None:  # parameters may move and change: what is captured must not be theirs
+            self.layers = [LayerWeights(*map(torch.clone, layer)) for layer in layers]
+            self.outer = OuterWeights(*map(torch.clone, outer))
+        else:
+            for old, new in zip([*self.layers, self.outer], [*layers, outer]):
+                for buffer, value in zip(old, new):
+                    buffer.copy_(value)
 
     def begin(self, prefix: KVCache, rows: Tensor, condition_mask: Tensor | None) -> None:
         """Row r continues prefix row rows[r] (int64 [R]), whose padded slots condition_mask bool [P, T] leaves out."""

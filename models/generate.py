@@ -175,18 +175,18 @@ class Rollout:
     """
 
     def __init__(self, gpt: GPT, sampling: SamplingConfig, capacity: int, dtype: torch.dtype, bucket: int = 0,
-                 fused: bool | None = None):
+                 fused: bool | None = None, graphs: bool | None = None):
         config, weight = gpt.config, gpt.output.weight
         self.gpt, self.sampling, self.capacity, self.dtype = gpt, sampling, capacity, dtype
         self.num_tokens, self.num_guided = config.block_size, sampling.num_guided(config.block_size)
         num_rows = 2 * capacity if self.num_guided else capacity
-        self.decoder = Decoder(config, num_rows, dtype, weight.device, bucket, fused)
+        self.decoder = Decoder(config, num_rows, dtype, weight.device, bucket, fused, graphs)
         self.hidden = weight.new_zeros(num_rows, config.dim)  # predicts the token at `index`
         self.index = torch.zeros(1, dtype=torch.long, device=weight.device)
         self.uniforms = torch.zeros(capacity, self.num_tokens, dtype=torch.float64, device=weight.device)
         self.tokens = torch.zeros_like(self.uniforms, dtype=torch.long)
         self.logps, self.entropies = (torch.zeros_like(self.uniforms, dtype=torch.float32) for _ in range(2))
-        self.graphs = StepGraphs(enabled=weight.is_cuda)
+        self.graphs = StepGraphs(enabled=weight.is_cuda if graphs is None else graphs)
 
     def begin(self, condition: Tensor, condition_mask: Tensor | None, uniforms: Tensor, group: int) -> None:
         """Loads the weights as they are now and the conditions; uniforms float64 [P group, L]."""

@@ -62,7 +62,7 @@ class CheckedKernels:
 @contextmanager
 def fake_cuda(fused: bool = False):
     """Inside, tensors made on `cuda` are fake, autocast believes in the GPU, and rollouts draw without graphs."""
-    def decoder(config, num_rows, dtype, device, bucket, _):
+    def decoder(config, num_rows, dtype, device, bucket, *_):
         made = Decoder(config, num_rows, dtype, device, bucket or (0 if fused else 64), fused=False)
         if fused:
             made.bucket = len(made.positions)
