@@ -8,7 +8,7 @@ Left out: min-p, repetition penalties, end-of-sequence logic (images have a fixe
 
 Shapes: P prompts, G generations per prompt, N = P G rows, T condition positions, L image tokens, D width, V codebook.
 """
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -163,7 +163,11 @@ def prefill(gpt: GPT, condition: Tensor, condition_mask: Tensor | None, guided: 
     length = gpt.config.cls_token_num
     cache = KVCache(gpt.config, len(condition), length, dtype, condition.device)
     mask = None if condition_mask is None else prefix_mask(condition_mask, length)
-    hidden = gpt.forward_hidden(gpt.cls_embedding(condition), 0, mask, cache)[:, -1]  # [P + U, D]
+    kind, matrices = condition.device.type, gpt.layers[0].attention.wqkv.weight.dtype
+    # A float32 rollout of weights that a sharded run gathers in 16 bits.
+    rounded = matrices != torch.float32 and not torch.is_autocast_enabled(kind)
+    with torch.autocast(kind, dtype=matrices) if rounded else nullcontext():
+        hidden = gpt.forward_hidden(gpt.cls_embedding(condition), 0, mask, cache)[:, -1]  # [P + U, D]
     return Prefix(cache, hidden, condition_mask, cond_rows, uncond_rows)
 
 

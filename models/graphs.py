@@ -1,6 +1,6 @@
 """CUDA graphs around functions with static shapes, with the plain path wherever a capture does not work.
 
-Not yet run on a GPU.
+Run on an H200 (benchmark/RESULTS.md).
 """
 import logging
 from collections.abc import Callable, Hashable

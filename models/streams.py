@@ -1,8 +1,8 @@
 """Decoding and scoring beside the next rollout batch: a thread with a CUDA stream of its own.
 
 The thread launches kernels while rollouts replay graphs on the caller's stream; events order what one needs of the
-other, so neither waits on the host. Not yet run on a GPU; without one the same class runs jobs at once, or, for tests,
-in a thread without a stream.
+other, so neither waits on the host. Without a GPU the same class runs jobs at once, or, for tests, in a thread without
+a stream.
 """
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor

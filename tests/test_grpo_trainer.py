@@ -6,6 +6,7 @@ import torch
 
 import grpo_trainer
 from grpo_trainer import GRPOConfig, TrainingStopped, group_advantages
+from models.build import PolicyConfig
 from models.generate import SamplingConfig
 from tests.tiny_world import Brightness, make_trainer, weights
 
@@ -283,3 +284,39 @@ def test_an_evaluation_tells_which_rewards_failed_and_why(world, tmp_path, caplo
     numbers = trainer.evaluate(7)
     assert "evaluation after step 7: brightness failed on 1 of 12 images (no score)" in caplog.text
     assert numbers["eval/rewards/brightness"].isfinite()
+
+
+# ---- float16 ---------------------------------------------------------------------------------------------------------
+
+def test_float16_learns_as_float32_does(world):
+    """Its scaled gradients give the same updates, and sampler and trainer stay within the default gate."""
+    options = dict(exit_step=3, learning_rate=1e-4, sampling=dict(cfg_scale=2.0))
+    exact, rounded = (make_trainer(world, None, dtype=dtype, **options) for dtype in ("float32", "float16"))
+    start = weights(exact)
+    for trainer in (exact, rounded):
+        trainer.train()
+    assert rounded.scaler.is_enabled() and not exact.scaler.is_enabled() and rounded.checkpoints.bad_updates == 0
+    moves = [torch.cat([(new - old).flatten() for new, old in zip(weights(trainer).values(), start.values())])
+             for trainer in (exact, rounded)]
+    assert torch.nn.functional.cosine_similarity(*moves, dim=0) > 0.8
+
+
+def test_an_overflow_halves_the_scale_and_is_counted(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, dtype="float16", exit_step=3, save_steps=3)
+    poison_gradients(trainer, {1})
+    trainer.train()
+    assert [line["skipped_updates"] for line in lines_of(tmp_path)] == [0, 1, 0]
+    assert trainer.scaler.get_scale() == 2.0 ** 15
+    resumed = make_trainer(world, tmp_path, dtype="float16", exit_step=3, save_steps=3)
+    resumed.train()
+    assert resumed.scaler.get_scale() == 2.0 ** 15
+
+
+def test_bf16_is_another_name(tmp_path):
+    def config(**values):
+        return PolicyConfig("gpt", "vq", **values)
+
+    assert config(bf16=True).autocast_dtype == config(dtype="bfloat16").autocast_dtype == torch.bfloat16
+    assert config(dtype="float16").autocast_dtype == torch.float16 and config().autocast_dtype is None
+    with pytest.raises(ValueError, match="bf16 means --dtype bfloat16, but --dtype float16 is given"):
+        config(bf16=True, dtype="float16")

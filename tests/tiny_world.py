@@ -54,10 +54,10 @@ def policy_config(folder: Path) -> PolicyConfig:
 
 
 def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None, device="cpu",
-                 dtype="float32", **config) -> GRPOTrainer:
+                 dtype="float32", rollout_dtype="auto", **config) -> GRPOTrainer:
     """As trainer_utils/composition.py does it, with `config` on top of SMALL; run: where to log, None for nowhere."""
     grpo = GRPOConfig(**{**SMALL, **config})
-    stored = replace(policy_config(world), dtype=dtype)
+    stored = replace(policy_config(world), dtype=dtype, rollout_dtype=rollout_dtype)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device(device))

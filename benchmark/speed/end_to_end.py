@@ -8,7 +8,7 @@ Ours is the trainer's own code: GRPOTrainer.rollout (sampling, decoding to image
 reference) and GRPOTrainer.update. --baseline does the same work plainly in the same process: benchmark/speed/
 reference.py's decoder, one image at a time through tokenizer and reward, and train_step.py's plain step. The roofline
 counts what decoding, the tokenizer and training must move and multiply at least, without what is computed twice.
-Left out: reward models, text encoder, evaluation, checkpoints, other processes. Not yet run on a GPU.
+Left out: reward models, text encoder, evaluation, checkpoints, other processes.
 """
 import copy
 from collections.abc import Callable

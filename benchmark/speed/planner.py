@@ -1,8 +1,8 @@
 """Memory and time of a run before it runs: what a process holds in each phase, how long a step takes, what it sends.
 
 `plan(job, machine)` is pure: memory comes from benchmark/speed/on_paper.py, time from counted work over a machine's
-ceilings, at shares of them that were measured on CPUs (SHARES) and are assumptions for GPUs: nothing here has run on
-one. Left out: reward models, the text encoder, evaluation, saving; overlap of communication with work.
+ceilings, at shares of them that were measured on a CPU and on one H200 (SHARES). Left out: reward models, the text
+encoder, evaluation, saving; overlap of communication with work.
 """
 import os
 from typing import NamedTuple

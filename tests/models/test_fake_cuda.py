@@ -1,8 +1,8 @@
 """Device code without a GPU: tensors that live on `cuda` under torch's FakeTensorMode, which has shapes, dtypes and
 devices but no numbers. Whatever mixes devices, reads a number on the host or turns a GPU tensor into numpy is an error.
 
-Left out: backward passes, which are not possible this way; Triton's kernels, for which a check of their arguments stands
-in; judges that read images on the host as a rule (Qwen, GenEval's detections).
+Left out: backward passes, which are not possible this way; Triton's kernels, for which a check of their arguments
+stands in; judges that read images on the host as a rule (Qwen, GenEval's detections).
 """
 from contextlib import contextmanager
 from unittest.mock import patch
@@ -76,8 +76,8 @@ def fake_cuda(fused: bool = False):
 
     with FakeTensorMode(), patch.object(torch.cuda, "is_available", lambda: True), \
             patch.object(torch.cuda, "is_bf16_supported", lambda *_: True), \
-            patch.object(generate_module, "StepGraphs", PlainSteps), patch.object(generate_module, "Decoder", decoder), \
-            patch.object(Tensor, "unique", unique), patch.object(torch.cuda, "device_count", lambda: 1):
+            patch.object(generate_module, "StepGraphs", PlainSteps), \
+            patch.object(generate_module, "Decoder", decoder), patch.object(Tensor, "unique", unique):
         yield
 
 
@@ -130,7 +130,8 @@ def test_rollouts_and_scores_stay_on_the_device(model_type, dtype, fused):
 def test_images_are_decoded_on_the_device():
     with fake_cuda():
         with torch.device(CUDA):
-            vq = VQModel(VQConfig(codebook_size=V, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), ch=32, z_channels=32))
+            vq = VQModel(VQConfig(codebook_size=V, encoder_ch_mult=(1, 2), decoder_ch_mult=(1, 2), ch=32,
+                                  z_channels=32))
         for dtype in (torch.float32, torch.bfloat16):
             policy = Policy(fake_gpt("c2i"), vq.eval(), SamplingConfig(), decode_batch_size=2, vq_dtype=dtype)
             images = policy.decode(torch.zeros(3, L, dtype=torch.long, device=CUDA))

@@ -104,6 +104,9 @@ def on_two(world: Path, folder: Path) -> dict[str, dict]:
     with policies(in_bfloat16):
         for kind in ("none", "full"):
             results[f"bf16 {kind}"] = run(f"bf16 {kind}", sharding=kind, max_logp_gap=1.0)
+    for kind in ("none", "full"):
+        results[f"fp16 {kind}"] = run(f"fp16 {kind}", sharding=kind, dtype="float16", rollout_dtype="float16",
+                                     exit_step=2)
     results["dtypes"] = gathered_dtypes(world)
     results["held"] = held_by_a_process(world)
     results["sent"] = {kind: sent_in_a_step(world, kind) for kind in ("none", "full")}
@@ -235,6 +238,11 @@ def test_adapters_are_sharded_too(world, two, tmp_path):
     ours, whole = (load_file(run / "checkpoint-5" / "model.safetensors")
                    for run in (two[1] / "adapted", tmp_path / "run"))
     assert_near(ours, whole)
+
+
+def test_in_float16_sharding_trains_as_ddp_does(two):
+    """Gathered in float16, reduced in float32, from the same scaled loss."""
+    assert_near(two[0]["fp16 full"], two[0]["fp16 none"])
 
 
 def test_in_bfloat16_sharding_trains_as_ddp_does(two):
