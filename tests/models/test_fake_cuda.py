@@ -2,11 +2,12 @@
 devices but no numbers. Whatever mixes devices, reads a number on the host or turns a GPU tensor into numpy is an error.
 
 Left out: backward passes, which are not possible this way; Triton's kernels, for which a check of their arguments
-stands in; judges that read images on the host as a rule (Qwen, GenEval's detections).
+stands in; judges whose inputs or rules are read on the host (Qwen, GenEval's boxes).
 """
 from contextlib import contextmanager
 from unittest.mock import patch
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -20,8 +21,12 @@ from models.gpt import GPT, GPTConfig
 from models.policy import Policy, Scorer
 from models.text import TextEncoder
 from models.vq import VQConfig, VQModel
+from reward_utils.fid_reward import FadingMoments, Reference, leave_one_out
 from reward_utils.inception import ShapesFeatures, extract_all
 from reward_utils.inception_v3 import InceptionFeatures
+from reward_utils.mask2former import load_mask2former, preprocess
+from reward_utils.reference_image import MseScorer
+from tests.tiny_geneval import write_mmdet
 from tests.tiny_gpt import SAMPLING, C, L, T, V
 
 CUDA = torch.device("cuda", 0)
@@ -196,6 +201,27 @@ def test_crops_are_rated_on_the_device(tmp_path):
             on_fake_cuda(scorer)
             scores = scorer.net(torch.zeros(2, 3, 32, 32, device=CUDA))
             assert scores.device == CUDA and scores.shape == (2,)
+
+
+def test_objects_are_found_on_the_device(tmp_path):
+    """GenEval's detector, up to what reads numbers on the host (boxes, thresholds)."""
+    detector = load_mask2former(write_mmdet(tmp_path / "detector.pth"))
+    with fake_cuda():
+        on_fake_cuda(detector)
+        pixels, _ = preprocess(torch.zeros(1, 3, 64, 64, dtype=torch.uint8, device=CUDA))
+        output = detector.model(pixel_values=pixels)
+        assert output.class_queries_logits.device == output.masks_queries_logits.device == CUDA
+
+
+def test_what_an_image_adds_to_fid_is_computed_on_the_device():
+    reference, counted = Reference(np.zeros(8), np.eye(8)), FadingMoments(8)
+    with fake_cuda():
+        on_fake_cuda(reference)
+        on_fake_cuda(counted)
+        scores = leave_one_out(torch.zeros(6, 8, dtype=torch.float64, device=CUDA), counted, reference)
+        assert scores.device == CUDA and scores.shape == (6,)
+        images = torch.zeros(2, 3, 8, 8, dtype=torch.uint8)
+        assert MseScorer.score(images.to(CUDA), images).device == CUDA
 
 
 @pytest.mark.parametrize("build,size", ((ShapesFeatures, 64), (InceptionFeatures, 75)))
