@@ -22,6 +22,7 @@ from trainer_utils.run_folder import RunFolder
 
 CODES, CLASSES, SIDE = 16, len(CLASS_NAMES), 4
 CONDITIONS = class_conditions(CLASS_NAMES)  # the shapes rewards read their prompts
+POLICY_FIELDS = {"dtype", "rollout_dtype"}  # of PolicyConfig
 SMALL = dict(num_generations=4, per_device_train_batch_size=16, learning_rate=1e-3, exit_step=2, eval_steps=0,
              save_steps=1000)
 
@@ -54,10 +55,11 @@ def policy_config(folder: Path) -> PolicyConfig:
 
 
 def make_trainer(world: Path, run: Path | None, *, rewards=("brightness",), weights=None, sampling=None, device="cpu",
-                 dtype="float32", rollout_dtype="auto", **config) -> GRPOTrainer:
-    """As trainer_utils/composition.py does it, with `config` on top of SMALL; run: where to log, None for nowhere."""
+                 **config) -> GRPOTrainer:
+    """As trainer_utils/composition.py does it, with `config` (also POLICY_FIELDS) on top of SMALL; run: where to log,
+    None for nowhere."""
+    stored = replace(policy_config(world), **{name: config.pop(name) for name in POLICY_FIELDS & config.keys()})
     grpo = GRPOConfig(**{**SMALL, **config})
-    stored = replace(policy_config(world), dtype=dtype, rollout_dtype=rollout_dtype)
     sampling = SamplingConfig(**(sampling or {}))
     REWARDS["brightness"] = Brightness
     policy = load_policy(stored, sampling, torch.device(device))
