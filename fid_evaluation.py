@@ -29,8 +29,18 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from reward_utils.fid_math import KID_SUBSET_SIZE, KID_SUBSETS, Moments, bootstrap_interval, frechet_distance, \
-    inception_score, inside, kernel_distance, moments, precision_recall
+from reward_utils.fid_math import (
+    KID_SUBSET_SIZE,
+    KID_SUBSETS,
+    Moments,
+    bootstrap_interval,
+    frechet_distance,
+    inception_score,
+    inside,
+    kernel_distance,
+    moments,
+    precision_recall,
+)
 from reward_utils.inception import FEATURES, extract_all, load_features
 from utils import distributed
 from utils.image_files import Batch, Share, count_images, read_batches

@@ -30,8 +30,18 @@ from models.policy import Policy
 from models.text import TextEncoder, make_tiny_t5
 from models.vq import VQ_SIZES, VQConfig, VQModel
 from reward_utils.inception import ShapesFeatures
-from trainer_utils.pretraining import STAGES, VALIDATION_SEED, PretrainConfig, autocast, batch_indices, device, fit, \
-    save_state, stage_settings, to_pixels
+from trainer_utils.pretraining import (
+    STAGES,
+    VALIDATION_SEED,
+    PretrainConfig,
+    autocast,
+    batch_indices,
+    device,
+    fit,
+    save_state,
+    stage_settings,
+    to_pixels,
+)
 from utils.config import one_line_errors, parse_args
 
 NO_DROPOUT = dict(token_dropout_p=0.0, resid_dropout_p=0.0, ffn_dropout_p=0.0)

@@ -14,8 +14,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from benchmark.evaluation_report import write_report
-from benchmark.prompt_scores import ImageScores, by_category, mean_and_error, mean_over_categories, \
-    prompt_means, score_images, write_scores
+from benchmark.prompt_scores import (
+    ImageScores,
+    by_category,
+    mean_and_error,
+    mean_over_categories,
+    prompt_means,
+    score_images,
+    write_scores,
+)
 from benchmark.sampling import SCORES, TRAINING_KEYS, Job, Sample, announcement, parse_job, sample_prompts
 from dataset import Condition, shapes
 from dataset.prompts import load_prompts
@@ -23,7 +30,7 @@ from img_gen_grpo_rewards import RewardSet
 from reward_utils.settings import RewardSettings
 from utils import distributed
 from utils.atomic import atomic_write_text
-from utils.config import key_names, one_line_errors
+from utils.config import flag, key_names, one_line_errors
 
 
 @dataclass(frozen=True)
@@ -31,7 +38,7 @@ class PromptSampleConfig:
     prompt_files: list[str] | None = field(default=None, metadata={
         "help": "GenEval's evaluation_metadata.jsonl, other prompt files, or shapes; none: shapes for shapes models"})
     prompts_per_task: int = field(default=20, metadata={"help": "of the shapes world's six tasks"})
-    num_images_per_prompt: int = 4
+    num_images_per_prompt: int = flag(4, "images of each prompt")
 
     def __post_init__(self):
         for name in ("prompts_per_task", "num_images_per_prompt"):

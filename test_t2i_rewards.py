@@ -29,9 +29,8 @@ from dataset import Condition
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import RewardSet, check_names
 from reward_utils.settings import RewardSettings
-from trainer_utils.run_folder import RESUMABLE_CHANGES
 from utils import distributed
-from utils.config import one_line_errors, parse_args, resolved
+from utils.config import changeable, flag, one_line_errors, parse_args, resolved
 from utils.lists import evenly
 
 REWARDS = ["clip_text", "hpsv2_text", "pickscore", "imagereward", "deqa", "aesthetic", "unireward"]  # as AR-GRPO
@@ -62,7 +61,7 @@ class PromptChoice:
     num_prompts: int | None = field(default=None, metadata={"help": "that many, evenly over the list; none: all"})
     unique_prompts: bool = field(default=False, metadata={
         "help": "every text once: AR-GRPO's file of 1000 records holds 200 prompts five times"})
-    num_images_per_prompt: int = 4
+    num_images_per_prompt: int = flag(4, "images of each prompt")
 
     def __post_init__(self):
         for name in ("num_prompts", "num_images_per_prompt"):
@@ -104,7 +103,8 @@ def evaluate(root: Path, output: Path, images: Sequence[tuple[Path, Condition]],
     rows = [row for part in distributed.gather_objects(score_images(reward_set, root, share)) for row in part]
     if not distributed.is_main():
         return
-    settings = {key: value for key, value in resolved(reward_set.settings).items() if key not in RESUMABLE_CHANGES}
+    may_change = changeable(RewardSettings)
+    settings = {key: value for key, value in resolved(reward_set.settings).items() if key not in may_change}
     summary = write_scores(output, rows, {**about, "images": str(root), "reward_settings": settings})
     print(format_summary(summary))
     print(f"{summary['num_images']} images of {summary['num_prompts']} prompts; scores in {output / SUMMARY_FILE}, "

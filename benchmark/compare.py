@@ -19,8 +19,17 @@ from pathlib import Path
 import numpy as np
 
 from benchmark.evaluation_report import NUM_EXTREMES, SETTINGS_FILE, prompt_figure, read_metrics
-from benchmark.prompt_scores import SUMMARY_FILE, ImageScores, aligned, by_category, by_prompt, mean_and_error, \
-    read_scores, score_names, title
+from benchmark.prompt_scores import (
+    SUMMARY_FILE,
+    ImageScores,
+    aligned,
+    by_category,
+    by_prompt,
+    mean_and_error,
+    read_scores,
+    score_names,
+    title,
+)
 from trainer_utils.report import page, section, table
 from utils.atomic import atomic_write_text
 from utils.config import one_line_errors

@@ -18,8 +18,20 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from benchmark.prompt_scores import GENEVAL_SCORE, ImageScores, by_prompt, mean_of, mean_over_categories, \
-    prompt_means, read_prompt_folders, read_scores, score_names, spell, summarise, title
+from benchmark.prompt_scores import (
+    GENEVAL_SCORE,
+    ImageScores,
+    by_prompt,
+    mean_of,
+    mean_over_categories,
+    prompt_means,
+    read_prompt_folders,
+    read_scores,
+    score_names,
+    spell,
+    summarise,
+    title,
+)
 from trainer_utils.report import environment, figure, page, section, table
 from utils.config import one_line_errors
 from utils.files import read_object

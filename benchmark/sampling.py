@@ -38,7 +38,7 @@ from trainer_utils.composition import PromptConfig, RunConfig
 from trainer_utils.grpo_config import GRPOConfig
 from utils import distributed
 from utils.atomic import atomic_write_text
-from utils.config import key_names, parse_args
+from utils.config import flag, key_names, parse_args
 from utils.files import read_object
 from utils.image_files import read_image
 
@@ -54,11 +54,11 @@ class SampleConfig:
     model: str = field(metadata={"help": "a run, a run's or checkpoint's folder, or a file; replaces gpt_ckpt"})
     step: str = field(default="latest", metadata={
         "help": "of a run: a number, latest, or base (what it started from); of anything else a label"})
-    runs_dir: str = "checkpoints"
-    results_dir: str = "test_results"
+    runs_dir: str = flag("checkpoints", "folder of runs")
+    results_dir: str = flag("test_results", "folder of samples and their results")
     cfg_label: str | None = field(default=None, metadata={"help": "cfg_scale as the results' folder spells it"})
-    seed: int = 0
-    batch_size: int = 64
+    seed: int = flag(0, "keys labels and images")
+    batch_size: int = flag(64, "images sampled at a time")
     eval_image_size: int | None = field(default=None, metadata={
         "help": "resize decoded images (bicubic, before rounding): LlamaGen evaluates its 384 models at 256"})
 

@@ -45,7 +45,7 @@ def class_conditions(names: list[str], template: str = "a photo of {name}") -> l
 
 
 def _imagenet_info():
-    from timm.data import ImageNetInfo   # timm takes seconds to import, and only ImageNet's names need it
+    from timm.data import ImageNetInfo  # timm takes seconds to import, and only ImageNet's names need it
     return ImageNetInfo("imagenet-1k")
 
 

@@ -3,7 +3,7 @@
 A checkpoint folder is model.safetensors (LlamaGen's keys) + model.json, which names everything else that sampling
 needs: the tokenizer, the text encoder, the labels and the sampling settings.
 """
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -15,51 +15,49 @@ from models.generate import SamplingConfig
 from models.gpt import GPT
 from models.policy import Policy
 from models.text import TextEncoder
+from utils.config import check_flags, flag
 
 DTYPES = {"auto": None, "float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 @dataclass(frozen=True)
 class PolicyConfig:
-    gpt_ckpt: str = field(metadata={"help": "LlamaGen .pt, safetensors, an AR-GRPO folder, or a folder of ours"})
-    vq_ckpt: str = field(metadata={"help": "VQ tokenizer, likewise"})
-    gpt_type: str = "c2i"  # c2i: class to image; t2i: text to image
-    gpt_model: str | None = field(default=None, metadata={
-        "help": "row of GPT_SIZES; none: what the folder's model.json says"})
-    vq_model: str | None = field(default=None, metadata={
-        "help": "row of VQ_SIZES; none: what the folder's model.json says, VQ-16 for other files"})
-    image_size: int = 256
-    num_classes: int = 1000
-    class_names: str = field(default="imagenet", metadata={
-        "help": "imagenet, shapes, a list file (.txt, .json), or a folder of class folders"})
-    cls_token_num: int = field(default=1, metadata={"help": "condition tokens: 1 for classes, 120 for captions"})
-    caption_dim: int = 2048
-    t5_path: str = "google/flan-t5-xl"
-    t5_cache: str | None = field(default=None, metadata={"help": "caption embeddings of dataset.encode_prompts"})
-    dtype: Literal["float32", "bfloat16", "float16"] = field(default="float32", metadata={
-        "help": "of matrix products in sampling and training, by autocast; weights stay float32. float16 keeps sampler "
-                "and trainer 8 times closer than bfloat16, and scales the loss"})
-    bf16: bool = field(default=False, metadata={"help": "the same as --dtype bfloat16"})
-    decode_batch_size: int = 64  # images decoded at a time
-    vq_dtype: Literal["float32", "bfloat16"] = field(default="float32", metadata={
-        "help": "of the decoding to images; bfloat16 changes pixels by a level or two, and is slow on most CPUs"})
-    rollout_dtype: Literal["auto", "float32", "bfloat16", "float16"] = field(default="auto", metadata={
-        "help": "of the sampler's matrix products; auto: as in training, float32 on CPUs that would emulate it"})
+    """The models: transformer, tokenizer, text encoder, precision."""
+
+    gpt_ckpt: str = flag(help="LlamaGen .pt, safetensors, an AR-GRPO folder, or a folder of ours")
+    vq_ckpt: str = flag(help="VQ tokenizer, likewise")
+    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "class to image, or text to image")
+    gpt_model: str | None = flag(None, "row of GPT_SIZES; none: what the folder's model.json says")
+    vq_model: str | None = flag(None, "row of VQ_SIZES; none: what the folder's model.json says, VQ-16 for other files")
+    image_size: int = flag(256, "pixels of a side, as decoded", least=1)
+    num_classes: int = flag(1000, "classes of a class-to-image model", least=1)
+    class_names: str = flag("imagenet", "imagenet, shapes, a list file (.txt, .json), or a folder of class folders")
+    cls_token_num: int = flag(1, "condition tokens: 1 for classes, 120 for captions", least=1)
+    caption_dim: int = flag(2048, "width of the caption features that the model reads", least=1)
+    t5_path: str = flag("google/flan-t5-xl", "text encoder: a hub id or a folder")
+    t5_cache: str | None = flag(None, "caption embeddings of dataset.encode_prompts")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag(
+        "float32", "of matrix products in sampling and training, by autocast; weights stay float32. float16 keeps "
+        "sampler and trainer 8 times closer than bfloat16, and scales the loss")
+    bf16: bool = flag(False, "the same as --dtype bfloat16")
+    decode_batch_size: int = flag(64, "images decoded at a time", least=1, resume=True)
+    vq_dtype: Literal["float32", "bfloat16"] = flag(
+        "float32", "of the decoding to images; bfloat16 changes pixels by a level or two, and is slow on most CPUs")
+    rollout_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag(
+        "auto", "of the sampler's matrix products; auto: as in training, float32 on CPUs that would emulate it")
 
     def __post_init__(self):
-        if self.gpt_type not in ("c2i", "t2i"):
-            raise ValueError(f"gpt_type must be c2i or t2i, got {self.gpt_type!r}")
+        check_flags(self)
         if self.bf16 and self.dtype == "float16":
             raise ValueError("bf16 means --dtype bfloat16, but --dtype float16 is given: leave one of the two out")
-        for name in ("image_size", "num_classes", "cls_token_num", "decode_batch_size"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.bf16 or self.dtype == "bfloat16":  # two names of one setting: stored alike
+            object.__setattr__(self, "dtype", "bfloat16")
+            object.__setattr__(self, "bf16", True)
 
     @property
     def autocast_dtype(self) -> torch.dtype | None:
         """None: float32 throughout."""
-        dtype = torch.bfloat16 if self.bf16 else DTYPES[self.dtype]
-        return None if dtype == torch.float32 else dtype
+        return None if self.dtype == "float32" else DTYPES[self.dtype]
 
 
 def load_policy(config: PolicyConfig, sampling: SamplingConfig, device: torch.device) -> Policy:

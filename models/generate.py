@@ -9,7 +9,7 @@ Left out: min-p, repetition penalties, end-of-sequence logic (images have a fixe
 Shapes: P prompts, G generations per prompt, N = P G rows, T condition positions, L image tokens, D width, V codebook.
 """
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -19,28 +19,26 @@ from torch import Tensor
 from models.decoder import Decoder, rows_that_fit
 from models.gpt import GPT, KVCache, prefix_mask
 from models.graphs import StepGraphs
+from utils.config import check_flags, flag
 from utils.gpu import free_bytes
 
 
 @dataclass(frozen=True)
 class SamplingConfig:
-    temperature: float = 1.0
-    top_k: int = 0  # keep the k most likely tokens; 0: all
-    top_p: float = 1.0  # keep the smallest set of likeliest tokens whose mass reaches p; 1: all
-    cfg_scale: float = field(default=1.0, metadata={  # classifier-free guidance, uncond + s (cond - uncond)
-        "aliases": ["gen_cfg_cfg_scale"], "help": "guidance scale; 1: none"})
-    cfg_interval: int = -1  # guide tokens 0 .. cfg_interval + 1 only (LlamaGen's counting); -1: all
-    greedy: bool = False  # take the most likely token
+    """How tokens are drawn."""
+
+    temperature: float = flag(1.0, "of the softmax", above=0)
+    top_k: int = flag(0, "keep the k most likely tokens; 0: all", least=0)
+    top_p: float = flag(1.0, "keep the smallest set of likeliest tokens whose mass reaches p; 1: all")
+    cfg_scale: float = flag(1.0, "classifier-free guidance, uncond + s (cond - uncond); 1: none", least=0,
+                            aliases=("gen_cfg_cfg_scale",))
+    cfg_interval: int = flag(-1, "guide tokens 0 .. cfg_interval + 1 only (LlamaGen's counting); -1: all")
+    greedy: bool = flag(False, "take the most likely token; for sampling alone, as it is no distribution")
 
     def __post_init__(self):
-        if not self.temperature > 0:
-            raise ValueError(f"temperature must be above 0, got {self.temperature} (use greedy for the arg max)")
+        check_flags(self)
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got {self.top_p}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (off) or positive, got {self.top_k}")
-        if self.cfg_scale < 0:
-            raise ValueError(f"cfg_scale must not be negative, got {self.cfg_scale}")
 
     def num_guided(self, num_tokens: int) -> int:
         """How many of the first tokens are drawn with guidance."""

@@ -10,7 +10,7 @@ Shapes: n rows of an input, r rank.
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -18,20 +18,21 @@ from torch import Tensor, nn
 
 from models.gpt import GPT
 from models.head import float32_product
+from utils.config import check_flags, flag
 
 TARGETS = ("wqkv", "wo", "w1", "w2", "w3")
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    lora_rank: int = field(default=0, metadata={"help": "train adapters of this rank alone; 0: all weights"})
-    lora_alpha: float = field(default=32.0, metadata={"help": "adapters are scaled by lora_alpha / lora_rank"})
-    lora_targets: list[str] = field(default_factory=lambda: list(TARGETS), metadata={
-        "help": "matrices with adapters: " + " ".join(TARGETS)})
+    """Low-rank adapters."""
+
+    lora_rank: int = flag(0, "train adapters of this rank alone; 0: all weights", least=0)
+    lora_alpha: float = flag(32.0, "adapters are scaled by lora_alpha / lora_rank")
+    lora_targets: list[str] = flag(lambda: list(TARGETS), "matrices with adapters: " + " ".join(TARGETS))
 
     def __post_init__(self):
-        if self.lora_rank < 0:
-            raise ValueError(f"lora_rank must be 0 (off) or positive, got {self.lora_rank}")
+        check_flags(self)
         unknown = [name for name in self.lora_targets if name not in TARGETS]
         if unknown or not self.lora_targets:
             raise ValueError(f"lora_targets must be some of {', '.join(TARGETS)}, got {' '.join(unknown) or 'none'}")

@@ -13,8 +13,17 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.decoder import native_bfloat16
-from models.generate import Engine, Generation, SamplingConfig, evaluation_mode, generate, guide, log_distribution, \
-    row_batches, token_statistics
+from models.generate import (
+    Engine,
+    Generation,
+    SamplingConfig,
+    evaluation_mode,
+    generate,
+    guide,
+    log_distribution,
+    row_batches,
+    token_statistics,
+)
 from models.gpt import GPT
 from models.head import logits_of
 from models.streams import Beside

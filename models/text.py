@@ -166,7 +166,7 @@ class TextEncoder:
         self._file = _open_cache(Path(cache_path), self._identity) if cache_path else None
         self._file_keys = set(self._file.keys()) if self._file else set()
         if self._file is None:
-            self._loaded
+            assert self._loaded, "T5 is loaded at once: there is no file to take rows from"
 
     @property
     def model(self) -> torch.nn.Module:

@@ -7,9 +7,17 @@ Legend: N images, H W pixels, C channels.
 """
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-from torchvision.models.inception import BasicConv2d, Inception3, InceptionA, InceptionAux, InceptionB, InceptionC, \
-    InceptionD, InceptionE
+from torch import Tensor
+from torchvision.models.inception import (
+    BasicConv2d,
+    Inception3,
+    InceptionA,
+    InceptionAux,
+    InceptionB,
+    InceptionC,
+    InceptionD,
+    InceptionE,
+)
 
 NUM_CLASSES = 1008
 INPUT_SIZE = 299

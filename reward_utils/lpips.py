@@ -2,7 +2,6 @@
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from reward_utils.pixels import unit_range

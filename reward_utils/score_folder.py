@@ -14,6 +14,7 @@ from tqdm import tqdm
 
 from dataset import Condition
 from dataset.prompts import load_prompts
+from utils.config import flag
 from utils.image_files import IMAGE_SUFFIXES, read_image
 
 
@@ -24,7 +25,7 @@ class ScoreConfig:
     prompts: str | None = field(default=None, metadata={
         "help": "prompt file (.txt .json .jsonl), one per image in that order, or a single one for all"})
     output: str | None = field(default=None, metadata={"help": "the CSV (default: IMAGES/rewards.csv)"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
 
 
 def read_folder(config: ScoreConfig) -> tuple[list[Path], list[Condition]]:

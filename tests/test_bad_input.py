@@ -64,7 +64,7 @@ def trains(world, tmp_path, monkeypatch):
     (["--rollout_batch_size", "6"], "rollout_batch_size must be 0 or a multiple of num_generations (4), got 6"),
     (["--save_total_limit", "0"], "save_total_limit must be at least 1, got 0"),
     (["--decode_batch_size", "0"], "decode_batch_size must be at least 1, got 0"),
-    (["--guidance_logprob", "both"], "guidance_logprob must be one of"),
+    (["--guidance_logprob", "both"], "--guidance_logprob: expected one of guided, guided_detach_uncond, conditional"),
     (["--report_to", "wandbb"], "--report_to wandbb"),
     (["--image_size", "100"], "--image_size 100"),
     (["--num_classes", "7"], "holds 32 names, but --num_classes is 7"),

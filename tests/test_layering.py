@@ -22,7 +22,7 @@ ALLOWED = {
     "models.decoder": {"models.gpt", "models.graphs", "models.head", "models.kernels"},
     "models.kernels": {"models.decoder", "models.generate", "models.gpt"},
     "models.generate": {"models.decoder", "models.gpt", "models.graphs", "models.kernels", "utils"},
-    "models.lora": {"models.gpt", "models.head"},
+    "models.lora": {"models.gpt", "models.head", "utils"},
     "models.policy": {"models.decoder", "models.generate", "models.gpt", "models.head", "models.streams", "models.vq",
                       "models.text"},
     "models.checkpoint": {"models.lora", "models.gpt", "models.vq", "models.text", "utils"},

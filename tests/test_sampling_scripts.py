@@ -15,8 +15,18 @@ from PIL import Image
 import sample_c2i
 import sample_t2i
 from benchmark.lookup import find_model
-from benchmark.sampling import Job, SampleConfig, decode_resized, pending, prompt_samples, read_png, sample_images, \
-    write_batches, write_npz, write_samples
+from benchmark.sampling import (
+    Job,
+    SampleConfig,
+    decode_resized,
+    pending,
+    prompt_samples,
+    read_png,
+    sample_images,
+    write_batches,
+    write_npz,
+    write_samples,
+)
 from dataset import shapes
 from models.build import PolicyConfig, load_policy, save_policy
 from models.checkpoint import KINDS, export_llamagen, load_gpt, save_model

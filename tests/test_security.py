@@ -211,8 +211,8 @@ def test_hostile_yaml(tmp_path, content):
 
 
 def test_numbers_of_a_preset_that_fit_no_float(tmp_path):
-    from utils.config import parse_args
     from grpo_trainer import GRPOConfig
+    from utils.config import parse_args
     file = write(tmp_path / "p.yaml", "beta: 1" + "0" * 400 + "\n")
     with pytest.raises(SystemExit):
         parse_args((GRPOConfig,), ["--config", str(file)])

@@ -15,7 +15,6 @@ from dataset.prompts import load_prompts
 from models.checkpoint import load_gpt
 from reward_utils.fid_reward import load_moments
 from reward_utils.weights import load_state
-from tests.tiny_world import make_world
 from trainer_utils.report import _read_config
 from utils.config import _read_preset
 from utils.image_files import read_batches, read_image

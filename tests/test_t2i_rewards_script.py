@@ -17,8 +17,17 @@ from PIL import Image
 import sample_t2i
 import test_t2i_rewards
 from benchmark.drawbench import prepare
-from benchmark.prompt_scores import TRAINING_SCALE, ImageScores, format_summary, prompt_table, read_prompt_folders, \
-    read_scores, score_images, summarise, write_scores
+from benchmark.prompt_scores import (
+    TRAINING_SCALE,
+    ImageScores,
+    format_summary,
+    prompt_table,
+    read_prompt_folders,
+    read_scores,
+    score_images,
+    summarise,
+    write_scores,
+)
 from dataset import shapes
 from dataset.prompts import load_prompts
 from img_gen_grpo_rewards import REWARDS, Reward, RewardResult, RewardSet

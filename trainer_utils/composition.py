@@ -3,10 +3,10 @@
 What stands above this room (the trainer, the benchmarks) is handed in by the scripts.
 """
 import logging
-import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -23,44 +23,41 @@ from reward_utils.settings import RewardSettings
 from trainer_utils.grpo_config import GRPOConfig
 from trainer_utils.run_folder import RunFolder
 from utils import distributed
-from utils.config import resolved
+from utils.config import changeable, check_flags, defaults_of, flag, resolved
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    run_name: str = field(metadata={"help": "the run is written to output_dir/run_name"})
-    reward_funcs: list[str] = field(metadata={"help": "names of img_gen_grpo_rewards.REWARDS"})
-    reward_weights: list[float] | None = None  # None: 1 each
-    eval_reward_funcs: list[str] | None = field(default=None, metadata={"help": "none: reward_funcs"})
-    eval_num_prompts: int = field(default=32, metadata={"help": "held-out prompts (or classes) of an evaluation"})
-    image_statistics: str = field(default="none", metadata={"help": "shapes: FID and diversity in evaluations"})
-    output_dir: str = "checkpoints"
-    report_to: list[str] = field(default_factory=lambda: ["tensorboard"])
-    gradient_checkpointing: bool = field(default=False, metadata={
-        "help": "keep one activation per layer and compute the others again: less memory, a third more time"})
-    offload: bool = field(default=False, metadata={
-        "help": "text encoder and reward models are on the GPU only while they are in use"})
-    dry_run: bool = field(default=False, metadata={
-        "help": "build everything, make one tiny step, print the plan, write nothing"})
-    num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
-    comm_timeout: float = field(default=1800.0, metadata={
-        "help": "seconds without an answer after which the processes give another one up, and the run ends; more than "
-                "rank 0 takes to write and hash a checkpoint, unless --async_save"})
+    """The run: what is rewarded, where it is written, how it runs."""
+
+    run_name: str = flag(help="the run is written to output_dir/run_name", resume=True)
+    reward_funcs: list[str] = flag(help="names of img_gen_grpo_rewards.REWARDS")
+    reward_weights: list[float] | None = flag(None, "one for each of reward_funcs; none: 1 each")
+    eval_reward_funcs: list[str] | None = flag(None, "rewards of evaluations; none: reward_funcs")
+    eval_num_prompts: int = flag(32, "held-out prompts (or classes) of an evaluation", least=1)
+    image_statistics: Literal["none", "shapes"] = flag("none", "shapes: FID and diversity in evaluations")
+    output_dir: str = flag("checkpoints", "folder of runs", resume=True)
+    report_to: list[str] = flag(lambda: ["tensorboard"], "tensorboard or none, beside metrics.jsonl", resume=True)
+    gradient_checkpointing: bool = flag(
+        False, "keep one activation per layer and compute the others again: less memory, a third more time",
+        resume=True)
+    offload: bool = flag(False, "text encoder and reward models are on the GPU only while they are in use", resume=True)
+    dry_run: bool = flag(False, "build everything, make one tiny step, print the plan, write nothing", resume=True)
+    num_threads: int = flag(0, "CPU threads; 0: torch's choice", least=0, resume=True)
+    comm_timeout: float = flag(
+        1800.0, "seconds without an answer after which the processes give another one up, and the run ends; more than "
+        "rank 0 takes to write and hash a checkpoint, unless --async_save", above=0, resume=True)
 
     def __post_init__(self):
-        if self.image_statistics not in ("none", "shapes"):
-            raise ValueError(f"image_statistics must be none or shapes, got {self.image_statistics!r}")
-        for name, least in (("eval_num_prompts", 1), ("num_threads", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
-        if not 0 < self.comm_timeout < math.inf:
-            raise ValueError(f"comm_timeout must be a positive number of seconds, got {self.comm_timeout}")
+        check_flags(self)
 
 
 @dataclass(frozen=True)
 class PromptConfig:
-    prompt_files: list[str] = field(metadata={"help": "shapes, or prompt files (.json .jsonl .txt .yaml)"})
-    eval_prompt_files: list[str] = field(metadata={"help": "held-out prompts, likewise"})
+    """Prompts of text-to-image runs."""
+
+    prompt_files: list[str] = flag(help="shapes, or prompt files (.json .jsonl .txt .yaml)")
+    eval_prompt_files: list[str] = flag(help="held-out prompts, likewise")
 
 
 CONFIGS = (RunConfig, PolicyConfig, SamplingConfig, GRPOConfig, RewardSettings, LoRAConfig)
@@ -96,7 +93,9 @@ def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], 
     if distributed.is_main() and not run_config.dry_run:
         settings = resolved(*configs) | {"num_processes": distributed.world_size(),
                                          "images_per_update": grpo.images_per_update * distributed.world_size()}
-        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to)
+        kinds = [type(config) for config in configs]
+        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to,
+                        changeable(*kinds) | {"num_processes"}, defaults_of(*kinds))
     wants_statistics = run_config.image_statistics == "shapes" and distributed.is_main()
     try:
         trainer(tiny(grpo) if run_config.dry_run else grpo, policy, (train_conditions, reward_set),

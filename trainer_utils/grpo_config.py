@@ -1,70 +1,76 @@
 """The settings of the trainer (grpo_trainer.GRPOTrainer), and the arithmetic of its batches."""
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
+
+from utils.config import check_flags, flag
 
 
 @dataclass(frozen=True)
 class GRPOConfig:
-    num_generations: int = 8  # G, images per prompt
-    per_device_train_batch_size: int = 8  # images per micro-batch and process, for the arithmetic of batches
-    micro_batch_size: Literal["auto"] | int | None = field(default=None, metadata={  # changes no gradient
-        "help": "images of one pass; auto: as many as fit into free memory; none: per_device_train_batch_size"})
-    gradient_accumulation_steps: int = 1  # micro-batches per optimizer update
-    num_minibatches: int = 1  # optimizer updates that share one pass over a rollout
-    num_iterations: int = 1  # passes over a rollout
-    rollout_batch_size: int = 0  # images sampled and scored at a time; 0: all of a step
-    beta: float = 0.01  # weight of the KL penalty to the starting model; 0: no reference model
-    reference: Literal["auto", "float32", "bf16", "cpu", "lora_base"] = field(default="auto", metadata={
-        "help": "form of that model: float32 (a copy), bf16, cpu (waits there), lora_base; trainer_utils/reference.py"})
-    epsilon: float = 0.2  # lower clip of the probability ratio, 1 - epsilon
-    epsilon_high: float | None = None  # upper clip, 1 + epsilon_high; None: epsilon
-    scale_rewards: str = "group"  # divide by the spread of: group, batch, none (Dr.GRPO, arXiv 2503.20783)
-    reward_aggregation: str = "sum"  # sum: then normalise; normalise: each reward in its group, then the sum
-    importance_sampling_level: str = "token"  # token, or sequence (GSPO, arXiv 2507.18071)
-    guidance_logprob: str = "guided"  # what is scored: guided, guided_detach_uncond, conditional (models/policy.py)
-    head_chunk_tokens: int = 1024  # tokens whose logits are held at a time
-    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = "adamw"
-    sharding: Literal["none", "full", "hybrid"] = field(default="none", metadata={
-        "help": "each process holds a slice of weights, gradients and moments: full: of all processes; hybrid: of a "
-                "machine's, with copies between machines"})
-    learning_rate: float = 1e-5
-    lr_scheduler: str = "constant"  # after the warm-up: constant, cosine
-    warmup_steps: int = 0
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.99  # a memory of 100 updates: runs are short
-    max_grad_norm: float = 1.0
-    exit_step: int = 400  # steps (rollouts) of the run
-    eval_steps: int = 100  # evaluate each so many steps, and before the first; 0: never
-    eval_generations: int = 4  # images per held-out prompt
-    save_steps: int = 100
-    save_total_limit: int | None = field(default=2, metadata={"help": "checkpoints to keep; none: all"})
-    async_save: bool = field(default=False, metadata={"help": "write checkpoints in the background, from copies"})
-    on_save_failure: Literal["continue", "stop"] = field(default="continue", metadata={
-        "help": "when a checkpoint cannot be written (full disk); the last one's failure always ends the run"})
-    max_logp_gap: float = 0.1  # nats between sampler and trainer that stop the run: they disagree on the policy
-    max_reward_failures: float = 0.5  # share of a step's images without a reward that stops the run
-    max_bad_updates: int = 5  # updates in a row with a non-finite gradient that on_divergence answers
-    max_kl: float | None = None  # KL to the starting model, nats a token, above which on_divergence answers
-    min_entropy: float | None = None  # entropy, nats a token, below which on_divergence answers
-    on_divergence: Literal["stop", "rollback"] = field(default="stop", metadata={
-        "help": "rollback: back to a checkpoint from before, with new seeds for the images"})
-    max_rollbacks: int = 3  # then the run stops
-    data_seed: int = field(default=42, metadata={"aliases": ["seed"], "help": "keys prompts and images"})
+    """The objective and the training loop."""
+
+    num_generations: int = flag(8, "G, images per prompt")
+    per_device_train_batch_size: int = flag(8, "images per micro-batch and process, for the arithmetic of batches",
+                                            least=1, resume=True)
+    micro_batch_size: Literal["auto"] | int | None = flag(
+        None, "images of one pass, which changes no gradient; auto: as many as fit into free memory; none: "
+        "per_device_train_batch_size", least=1, resume=True)
+    gradient_accumulation_steps: int = flag(1, "micro-batches per optimizer update", least=1, resume=True)
+    num_minibatches: int = flag(1, "optimizer updates that share one pass over a rollout", least=1)
+    num_iterations: int = flag(1, "passes over a rollout", least=1)
+    rollout_batch_size: int = flag(0, "images sampled and scored at a time; 0: all of a step", resume=True)
+    beta: float = flag(0.01, "weight of the KL penalty to the starting model; 0: no reference model", least=0)
+    reference: Literal["auto", "float32", "bf16", "cpu", "lora_base"] = flag(
+        "auto", "form of that model: float32: a copy; bf16: its matrices halved; cpu: it waits there; lora_base: the "
+        "trained model with its adapters off; auto: lora_base with adapters, else float32")
+    epsilon: float = flag(0.2, "lower clip of the probability ratio, 1 - epsilon", least=0)
+    epsilon_high: float | None = flag(None, "upper clip, 1 + epsilon_high; none: epsilon", least=0)
+    scale_rewards: Literal["group", "batch", "none"] = flag(
+        "group", "advantages are divided by the spread of the group or of the batch; none: not (Dr.GRPO, arXiv "
+        "2503.20783)")
+    reward_aggregation: Literal["sum", "normalise"] = flag(
+        "sum", "sum: rewards are added, then normalised; normalise: each in its group, then added")
+    importance_sampling_level: Literal["token", "sequence"] = flag(
+        "token", "whose probability ratio is clipped; sequence: GSPO, arXiv 2507.18071")
+    guidance_logprob: Literal["guided", "guided_detach_uncond", "conditional"] = flag(
+        "guided", "what is scored when sampling is guided: what was sampled, the same without gradient through the "
+        "unconditional half, or the conditional model as in AR-GRPO")
+    head_chunk_tokens: int = flag(1024, "tokens whose logits are held at a time", least=1, resume=True)
+    optimizer: Literal["adamw", "adamw_fused", "adamw_8bit"] = flag(
+        "adamw", "adamw_fused: faster on GPUs; adamw_8bit: a quarter of the memory for moments")
+    sharding: Literal["none", "full", "hybrid"] = flag(
+        "none", "each process holds a slice of weights, gradients and moments: full: of all processes; hybrid: of a "
+        "machine's, with copies between machines", resume=True)
+    learning_rate: float = flag(1e-5, "AdamW's, after the warm-up", least=0)
+    lr_scheduler: Literal["constant", "cosine"] = flag("constant", "after the warm-up")
+    warmup_steps: int = flag(0, "steps of linear warm-up", least=0)
+    weight_decay: float = flag(0.0, "AdamW's", least=0)
+    adam_beta2: float = flag(0.99, "AdamW's second moment; 0.99 remembers 100 updates, as runs are short", least=0)
+    max_grad_norm: float = flag(1.0, "gradients are clipped to this norm", least=0)
+    exit_step: int = flag(400, "steps (rollouts) of the run", least=1, resume=True)
+    eval_steps: int = flag(100, "evaluate each so many steps, and before the first; 0: never", least=0, resume=True)
+    eval_generations: int = flag(4, "images per held-out prompt", least=1)
+    save_steps: int = flag(100, "save a checkpoint each so many steps", least=1, resume=True)
+    save_total_limit: int | None = flag(2, "checkpoints to keep; none: all", least=1, resume=True)
+    async_save: bool = flag(False, "write checkpoints in the background, from copies", resume=True)
+    on_save_failure: Literal["continue", "stop"] = flag(
+        "continue", "when a checkpoint cannot be written (full disk); the last one's failure always ends the run",
+        resume=True)
+    max_logp_gap: float = flag(0.1, "nats between sampler and trainer that stop the run: they disagree on the policy",
+                               resume=True)
+    max_reward_failures: float = flag(0.5, "share of a step's images without a reward that stops the run", resume=True)
+    max_bad_updates: int = flag(5, "updates in a row with a non-finite gradient that on_divergence answers", least=1,
+                                resume=True)
+    max_kl: float | None = flag(None, "KL to the starting model, nats a token, above which on_divergence answers",
+                                resume=True)
+    min_entropy: float | None = flag(None, "entropy, nats a token, below which on_divergence answers", resume=True)
+    on_divergence: Literal["stop", "rollback"] = flag(
+        "stop", "rollback: back to a checkpoint from before, with new seeds for the images", resume=True)
+    max_rollbacks: int = flag(3, "times the run goes back before it stops", least=0, resume=True)
+    data_seed: int = flag(42, "keys prompts and images", aliases=("seed",))
 
     def __post_init__(self):
-        for name, choices in (("scale_rewards", ("group", "batch", "none")),
-                              ("reward_aggregation", ("sum", "normalise")),
-                              ("importance_sampling_level", ("token", "sequence")),
-                              ("lr_scheduler", ("constant", "cosine"))):
-            if getattr(self, name) not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {getattr(self, name)!r}")
-        counts = ("per_device_train_batch_size", "gradient_accumulation_steps", "num_minibatches", "num_iterations",
-                  "exit_step", "save_steps", "save_total_limit", "eval_generations", "max_bad_updates",
-                  "head_chunk_tokens", "micro_batch_size")
-        for name in (*counts, "beta", "epsilon", "epsilon_high", "max_grad_norm", "eval_steps", "max_rollbacks"):
-            value, least = getattr(self, name), int(name in counts)
-            if value not in (None, "auto") and value < least:
-                raise ValueError(f"{name} must be at least {least}, got {value}")
+        check_flags(self)
         if self.max_kl is not None and not self.beta:
             raise ValueError("max_kl needs a reference to measure the KL to: give a beta above 0, or no max_kl")
         if self.sharding != "none" and self.optimizer == "adamw_8bit":

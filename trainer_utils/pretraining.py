@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from models.gpt import GPT_SIZES
+from utils.config import changeable, flag
 
 
 class Stage(NamedTuple):
@@ -21,7 +22,7 @@ class Stage(NamedTuple):
     steps: int
     batch_size: int
     learning_rate: float
-    num_images: int = 0  # images turned into tokens (at most what the data holds)
+    num_images: int = flag(0, "training images; none: the stage's own")
 
 
 STAGES = {
@@ -33,29 +34,28 @@ STAGES = {
 }
 VALIDATION_SEED = 1_000_003  # scenes that no stage trains on
 # What may change between a killed stage and its continuation.
-RESUMABLE_CHANGES = ("stage", "output_dir", "work_dir", "eval_images", "save_every", "num_threads")
 
 
 @dataclass(frozen=True)
 class PretrainConfig:
-    stage: str = "all"  # all, or one of vq features text c2i t2i
-    data: str = "shapes"  # shapes, or a folder: class folders (vq, c2i) or captioned images (t2i)
-    output_dir: str = "models/pretrained/shapes"
-    work_dir: str = "checkpoints/pretrain"  # resumable state and cached tokens
-    vq_model: str = "VQ-shapes"
-    gpt_model: str = "shapes"  # shapes, or a name of GPT_SIZES
-    image_size: int = 64
-    steps: int | None = None  # this and the next three: None for the stage's own
-    batch_size: int | None = None
-    learning_rate: float | None = None
-    num_images: int | None = None
-    t5_path: str | None = None  # text encoder; None: the stage `text`'s own
-    t5_length: int = 16  # caption slots; LlamaGen has 120
-    eval_images: int = 640  # samples and validation images of the closing measurements
-    save_every: int = 200
-    bf16: bool = True  # bf16 autocast
-    num_threads: int = 0  # 0: torch's choice
-    seed: int = 0
+    stage: str = flag("all", "all, or one of vq features text c2i t2i", resume=True)
+    data: str = flag("shapes", "shapes, or a folder: class folders (vq, c2i) or captioned images (t2i)")
+    output_dir: str = flag("models/pretrained/shapes", "where the weights go", resume=True)
+    work_dir: str = flag("checkpoints/pretrain", "resumable state and cached tokens", resume=True)
+    vq_model: str = flag("VQ-shapes", "row of VQ_SIZES")
+    gpt_model: str = flag("shapes", "shapes, or a name of GPT_SIZES")
+    image_size: int = flag(64, "pixels of a side")
+    steps: int | None = flag(None, "updates; none: the stage's own")
+    batch_size: int | None = flag(None, "images of an update; none: the stage's own")
+    learning_rate: float | None = flag(None, "AdamW's; none: the stage's own")
+    num_images: int | None = flag(None, "training images; none: the stage's own")
+    t5_path: str | None = flag(None, "text encoder; None: the stage `text`'s own")
+    t5_length: int = flag(16, "caption slots; LlamaGen has 120")
+    eval_images: int = flag(640, "samples and validation images of the closing measurements", resume=True)
+    save_every: int = flag(200, "steps between resumable states", resume=True)
+    bf16: bool = flag(True, "bf16 autocast")
+    num_threads: int = flag(0, "0: torch's choice", resume=True)
+    seed: int = flag(0, "of data and weights")
 
     def __post_init__(self):
         if self.stage != "all" and self.stage not in STAGES:
@@ -88,7 +88,7 @@ def fit(config: PretrainConfig, stage: str, model: nn.Module, loss_fn: Callable)
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.95), weight_decay=0.01)
     path, start = Path(config.work_dir) / f"{stage}.pt", 0
     settings = dataclasses.asdict(config) | stage_settings(config, stage)._asdict()
-    settings = {name: value for name, value in settings.items() if name not in RESUMABLE_CHANGES}
+    settings = {name: value for name, value in settings.items() if name not in changeable(PretrainConfig)}
     if path.exists():
         state = torch.load(path, weights_only=True, map_location="cpu")  # on a GPU Adam's counters would be slow
         refuse_changes(path, state.get("settings", settings), settings)

@@ -18,7 +18,7 @@ import re
 import shutil
 import textwrap
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 
 from utils.atomic import TEMPORARY, atomic_write_bytes, atomic_write_text, fsync
@@ -27,26 +27,20 @@ from utils.files import inside, parse_json, read_text
 logger = logging.getLogger(__name__)
 
 CHECKSUMS = "checksums.json"
-RESUMABLE_CHANGES = (
-    "exit_step", "save_steps", "save_total_limit", "report_to", "output_dir", "run_name", "offload",
-    # guards, and how checkpoints are written
-    "max_reward_failures", "max_logp_gap", "max_kl", "min_entropy", "on_divergence", "max_rollbacks", "async_save",
-    "on_save_failure", "comm_timeout",
-    # how a batch is cut and the weights are spread; "images_per_update" is all that the mathematics knows of it
-    "num_processes", "per_device_train_batch_size", "gradient_accumulation_steps", "micro_batch_size",
-    "rollout_batch_size", "sharding",
-    # where and how rewards are computed, not what they are
-    "reward_models", "reward_batch_size", "reward_device", "offload_rewards", "deqa_url", "unireward_url", "qwenvl_url",
-    "geneval_url", "reward_servers", "reward_deadline", "reward_retries", "reward_concurrency")
 _REPLACED = ".replaced"
 _PICTURE_SIZE = 128  # pictures smaller than this are enlarged in the grids, so that captions fit under them
 _CAPTION_LINES = 4  # for each paragraph of a caption
 
 
 class RunFolder:
-    """One run's folder. Constructing it on an existing run resumes that run, if the configuration allows it."""
+    """One run's folder. Constructing it on an existing run resumes that run, if the configuration allows it.
 
-    def __init__(self, path, config: dict, report_to=("tensorboard",), resumable_changes=RESUMABLE_CHANGES):
+    may_change: settings that may differ from the stored ones. defaults: of settings that did not exist when the run
+    began, which must still have them.
+    """
+
+    def __init__(self, path, config: dict, report_to=("tensorboard",), may_change: Collection[str] = (),
+                 defaults: dict | None = None):
         self.path = Path(path)
         self._tensorboard = _wants_tensorboard(report_to)
         self._writer = None
@@ -55,7 +49,7 @@ class RunFolder:
         config = json.loads(json.dumps(config))  # tuples become lists, as in the stored one
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            self._refuse_changes(config, resumable_changes)
+            self._refuse_changes(config, may_change, json.loads(json.dumps(defaults or {})))
             self._clean_up()
             atomic_write_text(self.path / "config.json", json.dumps(config, indent=2) + "\n")
         except OSError as error:
@@ -196,7 +190,7 @@ class RunFolder:
             self._tensorboard = False
             logger.warning("TensorBoard's events end here: %s", error)
 
-    def _refuse_changes(self, config: dict, allowed) -> None:
+    def _refuse_changes(self, config: dict, may_change: Collection[str], defaults: dict) -> None:
         path = self.path / "config.json"
         if not path.exists():
             return
@@ -204,11 +198,14 @@ class RunFolder:
             stored = dict(parse_json(read_text(path), path.name))
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path} is damaged ({error}): choose another --run_name") from error
+        if "dtype" in config and "dtype" not in stored:  # until November 2026 bf16 said it alone
+            stored["dtype"] = "bfloat16" if stored.get("bf16") else "float32"
+        stored = {name: value for name, value in defaults.items() if name in config} | stored
         resized = ("images_per_update",) if stored.get("num_processes") != config.get("num_processes") else ()
         changes = [
             f"{key}: {_shown(stored, key)} -> {_shown(config, key)}"
             for key in sorted(stored.keys() | config.keys())
-            if key not in allowed and key not in resized and _shown(stored, key) != _shown(config, key)
+            if key not in may_change and key not in resized and _shown(stored, key) != _shown(config, key)
         ]
         if changes:
             raise ValueError(

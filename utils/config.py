@@ -38,6 +38,46 @@ _SCALARS = {
 }
 
 
+def flag(default: Any = dataclasses.MISSING, help: str = "", *, least: float | None = None, above: float | None = None,
+         aliases: tuple[str, ...] = (), resume: bool = False, secret: bool = False):
+    """A configuration field that says all about its flag; without a default the flag is required.
+
+    default: a value, or a function that makes it (for lists, and for what the environment says). Choices are a Literal
+    annotation; least, above: the range. `check_flags` holds both; None always passes. aliases: other names. resume:
+    whether it may change when a run goes on. secret: never shown nor stored.
+    """
+    known = dict(help=help, least=least, above=above, aliases=aliases, resume=resume, secret=secret)
+    kind = "default_factory" if callable(default) else "default"
+    return dataclasses.field(**{kind: default}, repr=not secret, metadata=known)
+
+
+def check_flags(config) -> None:
+    """ValueError for a value outside of its field's choices or range; for `__post_init__`."""
+    kinds = get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+        name, value, known = field.name, getattr(config, field.name), field.metadata
+        kind, _ = _without_none(kinds[name])
+        if get_origin(kind) is Literal and value is not None and value not in get_args(kind):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, get_args(kind)))}, got {value!r}")
+        if not isinstance(value, (int, float)):  # none, or a word such as auto
+            continue
+        if known.get("least") is not None and not value >= known["least"]:
+            raise ValueError(f"{name} must be at least {known['least']}, got {value}")
+        if known.get("above") is not None and not known["above"] < value < math.inf:
+            raise ValueError(f"{name} must be a number above {known['above']}, got {value}")
+
+
+def changeable(*dataclass_types: type) -> set[str]:
+    """Names of the fields that may change when a run goes on."""
+    return {field.name for cls in dataclass_types for field in dataclasses.fields(cls) if field.metadata.get("resume")}
+
+
+def defaults_of(*dataclass_types: type) -> dict[str, Any]:
+    """Field -> default, as `resolved` writes it; required fields are left out."""
+    fields = [field for cls in dataclass_types for field in dataclasses.fields(cls) if not _is_required(field)]
+    return {field.name: _json_ready(_default(field)) for field in fields}
+
+
 class _Option(NamedTuple):
     """One field of one dataclass, seen as a flag and as a YAML key."""
 
@@ -155,12 +195,14 @@ def _options(dataclass_types: tuple[type, ...]) -> dict[str, _Option]:
 
 
 def _build_parser(options: dict[str, _Option], description: str) -> _Parser:
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
+    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                     formatter_class=argparse.RawDescriptionHelpFormatter,
+                     usage="%(prog)s [--config NAME_OR_PATH] [--FLAG VALUE ...]")
     parser.add_argument("--config", metavar="NAME_OR_PATH", help="a preset of configs/ by name, or a YAML file")
     groups: dict[type, Any] = {}
     for option in options.values():
         if option.owner not in groups:
-            groups[option.owner] = parser.add_argument_group(option.owner.__name__)
+            groups[option.owner] = parser.add_argument_group(_title(option.owner))
         names = [f"--{name}" for name in (option.name, *option.aliases)]
         inner, _ = _without_none(option.kind)
         arity = {"nargs": "?", "const": "true"} if inner is bool else {"nargs": "+"} if _is_list(inner) else {}
@@ -176,8 +218,20 @@ def _help(field: dataclasses.Field) -> str:
         return f"{text} (required)".replace("%", "%%")
     if field.metadata.get("secret"):  # its default comes from the environment
         return text.replace("%", "%%")
-    default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-    return f"{text} (default: {default})".replace("%", "%%")
+    default = _default(field)
+    shown = "none" if default is None or default == [] else " ".join(map(str, default)) if isinstance(
+        default, (list, tuple)) else default
+    return f"{text} (default: {shown})".replace("%", "%%")
+
+
+def _title(cls: type) -> str:
+    """A group's heading: the first line of the class's docstring, or its name (dataclasses make one of the fields)."""
+    text = cls.__doc__ or cls.__name__
+    return cls.__name__ if text.startswith(f"{cls.__name__}(") else text.splitlines()[0].rstrip(".")
+
+
+def _default(field: dataclasses.Field):
+    return field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
 
 
 def _metavar(kind) -> str:

@@ -22,7 +22,7 @@ from benchmark.speed.end_to_end import EndToEndConfig
 from benchmark.speed.roofline import synchronize
 from benchmark.speed.setup import DOWNSAMPLE, machine_name
 from models.gpt import GPT, GPTConfig
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 from utils.distributed import Metrics
 
 KINDS = {"rollout": ("sample",), "training": ("reference", "update")}  # phases of a step
@@ -30,13 +30,13 @@ KINDS = {"rollout": ("sample",), "training": ("reference", "update")}  # phases 
 
 @dataclass(frozen=True)
 class CostConfig:
-    models: list[str] = field(default_factory=lambda: ["GPT-B", "GPT-L", "GPT-XL"])
-    image_sizes: list[int] = field(default_factory=lambda: [64, 96, 128, 192])
-    batches: list[int] = field(default_factory=lambda: [2, 4, 8, 16])
-    dtype: str = "float32"
+    models: list[str] = flag(lambda: ["GPT-B", "GPT-L", "GPT-XL"], "rows of GPT_SIZES")
+    image_sizes: list[int] = flag(lambda: [64, 96, 128, 192], "pixels of a side")
+    batches: list[int] = flag(lambda: [2, 4, 8, 16], "images of a step")
+    dtype: str = flag("float32", "of matrix products")
     rounds: int = field(default=1, metadata={"help": "timed steps of a point; the fastest counts"})
-    output: str = str(Path(__file__).with_name("cost.png"))
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    output: str = flag(str(Path(__file__).with_name("cost.png")), "the plot")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):

@@ -32,7 +32,7 @@ from models.gpt import GPTConfig
 from models.lora import LoRAConfig
 from models.policy import Policy, default_rollout_dtype
 from trainer_utils.memory import Meter
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 from utils.distributed import Metrics
 
 PHASES = ("encode", "sample", "decode", "score", "reference", "update")
@@ -40,9 +40,9 @@ PHASES = ("encode", "sample", "decode", "score", "reference", "update")
 
 @dataclass(frozen=True)
 class EndToEndConfig(TrainStepConfig):
-    rollout_dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    vq_model: str = "VQ-16"
-    vq_dtype: Literal["float32", "bfloat16"] = "float32"
+    rollout_dtype: Literal["auto", "float32", "bfloat16", "float16"] = flag("auto", "of the sampler's matrix products")
+    vq_model: str = flag("VQ-16", "row of VQ_SIZES")
+    vq_dtype: Literal["float32", "bfloat16"] = flag("float32", "of the decoding to images")
     decode_batch_size: int = field(default=64, metadata={"help": "images decoded at a time"})
     rounds: int = field(default=1, metadata={"help": "timed steps of each, in turns; the fastest counts"})
     baseline: bool = field(default=False, metadata={"help": "also a plain step, and the ratio"})

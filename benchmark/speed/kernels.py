@@ -21,7 +21,7 @@ from models import kernels
 from models.decoder import LayerWeights, OuterWeights
 from models.gpt import GPTConfig, KVCache, rope_table
 from models.kernels import Tile
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 
 logger = logging.getLogger(__name__)
 
@@ -50,12 +50,12 @@ CANDIDATES: dict[str, dict[int, list[tuple]]] = {
 
 @dataclass(frozen=True)
 class KernelSpeedConfig(ModelFlags):
-    gpt_model: str = "GPT-XL"
-    image_size: int = 384
+    gpt_model: str = flag("GPT-XL", "row of GPT_SIZES")
+    image_size: int = flag(384, "pixels of a side")
     rows: list[int] = field(default_factory=lambda: [16], metadata={
         "help": "rows of a step: two an image with guidance"})
     kernels: list[str] = field(default_factory=lambda: [*CANDIDATES], metadata={"help": "which to time"})
-    dtype: str = "bfloat16"
+    dtype: str = flag("bfloat16", "of weights and cache")
 
 
 class Timing(NamedTuple):

@@ -19,7 +19,7 @@ from models.checkpoint import read_manifest
 from models.gpt import GPT_SIZES, GPTConfig
 from models.vq import VQConfig
 from trainer_utils.composition import CONFIGS, PromptConfig
-from utils.config import key_names, one_line_errors, parse_args
+from utils.config import flag, key_names, one_line_errors, parse_args
 
 NOWHERE = "none"  # stands for a file that a plan doesn't read
 
@@ -30,7 +30,7 @@ class PlanConfig:
     gpus_per_node: int = field(default=8, metadata={"help": "of a machine; links within it are faster"})
     hardware: str | None = field(default=None, metadata={
         "help": f"published ceilings of {', '.join(planner.HARDWARE)}; none: those of --device, measured now"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     check: bool = field(default=False, metadata={"help": "also run a step of one process on --device"})
     rounds: int = field(default=1, metadata={"help": "timed steps of --check; the fastest counts"})
 

@@ -9,7 +9,6 @@ log-probabilities. Class-to-image models, and captions without padding.
 Shapes: N images, R = 2 N rows, S cache positions, V codebook size.
 """
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from models.gpt import GPT, Attention, apply_rope

@@ -28,7 +28,7 @@ from img_gen_grpo_rewards import RewardSet
 from reward_utils import hps
 from reward_utils.maniqa_net import ManiqaSizes
 from reward_utils.settings import RewardSettings
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 
 GROUP = 8  # images of a prompt
 
@@ -135,13 +135,13 @@ class SpeedConfig:
         "clip_text", "clip_text+clip_text_quantize", "hpsv2_text", "pickscore", "aesthetic", "imagereward", "maniqa",
         "lpips", "qwenvl_3b_text", "qwenvl_3b_text+qwenvl_fake+qwenvl_weird"], metadata={
             "help": "one measurement each; names joined by + are scored together"})
-    batch_size: int = 64
-    image_size: int = 256
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    batch_size: int = flag(64, "images of a batch")
+    image_size: int = flag(256, "pixels of a side")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     size: Literal["full", "small", "tiny"] | None = field(default=None, metadata={
         "help": "architectures: full (default on GPUs), small (default on CPUs), tiny (for tests)"})
-    preprocess: str = "exact"
-    reward_dtype: str = "float32"
+    preprocess: str = flag("exact", "exact or fast, as in training")
+    reward_dtype: str = flag("float32", "float32 or bfloat16, as in training")
     rounds: int = field(default=3, metadata={"help": "turns of each way; the median counts"})
     seconds: float = field(default=2.0, metadata={"help": "a turn ends after so long, and at least one call"})
 

@@ -23,7 +23,7 @@ from benchmark.speed.setup import ModelFlags, machine_name, random_condition, ra
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT
 from models.policy import Scorer
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 
 SAMPLING_STEPS = 20  # timed to tell sampling from the layers
 PARITY_IMAGES = 4
@@ -32,9 +32,9 @@ PARITY_IMAGES = 4
 @dataclass(frozen=True)
 class RolloutSpeedConfig(ModelFlags):
     num_generations: int = field(default=1, metadata={"help": "images of a prompt, which share its prefix"})
-    top_k: int = 0
-    top_p: float = 1.0
-    rollout_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    top_k: int = flag(0, "keep the k most likely tokens; 0: all")
+    top_p: float = flag(1.0, "nucleus; 1: all")
+    rollout_dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "of matrix products")
     baseline: bool = field(default=False, metadata={"help": "also run the plain decoder, and print the ratio"})
     baseline_top_k: int = field(default=2000, metadata={"help": "the plain decoder's filter (LlamaGen's); 0: none"})
     rounds: int = field(default=3, metadata={"help": "rollouts of each, in turns; the median counts"})
@@ -100,17 +100,17 @@ def measure(config: RolloutSpeedConfig) -> RolloutSpeed:
     if on_gpu:
         prepare(), decode()  # captures
         torch.cuda.reset_peak_memory_stats(device)
-    turns = []
-    for i in range(config.rounds):
+    turns, peaks = [], []
+    for _ in range(config.rounds):
         turns.append((seconds_of(prepare, device), seconds_of(decode, device)))
-        peak = peak_bytes(device) if i == 0 else peak  # before the plain decoder's first turn
+        peaks.append(peak_bytes(device))  # the first: before the plain decoder's first turn
         turns[-1] += (seconds_of(plain, device),) if config.baseline else ()
     medians = [statistics.median(column) for column in zip(*turns)]
     work = decode_work(gpt.config, config.batch_size, sampling.num_guided(gpt.config.block_size), dtype)
     parity = logp_gap(gpt, rollout, condition.repeat_interleave(config.num_generations, dim=0))
     return RolloutSpeed(
         config.batch_size, gpt.config.block_size, *medians[:2],
-        sampling_seconds(rollout, device), medians[2] if config.baseline else None, peak,
+        sampling_seconds(rollout, device), medians[2] if config.baseline else None, peaks[0],
         work.bytes / medians[1], work.flops / medians[1], *ceilings, work.seconds(ceilings) / medians[1], *parity)
 
 

@@ -57,7 +57,7 @@ def measure_ceilings(device: torch.device, dtype: torch.dtype, rounds: int = 5) 
     target.copy_(source)  # its pages are mapped on first use
     copy = seconds_of(lambda: target.copy_(source), device, rounds)
     nbytes = source.nbytes + target.nbytes
-    del source, target
+    source = target = None
     side = MATMUL_SIDE[device.type]
     a, b = (torch.ones(side, side, dtype=dtype, device=device) for _ in range(2))
     a @ b

@@ -25,16 +25,16 @@ from img_gen_grpo_rewards import RewardSet
 from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
 from utils import distributed
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 
 SHAPES = "models/pretrained/shapes"
 
 
 @dataclass(frozen=True)
 class ScalingConfig:
-    sharding: Literal["none", "full", "hybrid"] = "none"
-    images: int = 32  # of an update and process
-    steps: int = 6  # timed, after two that are not
+    sharding: Literal["none", "full", "hybrid"] = flag("none", "as in training")
+    images: int = flag(32, "of an update and process")
+    steps: int = flag(6, "timed, after two that are not")
 
 
 class Sent(TorchDispatchMode):

@@ -9,19 +9,20 @@ from torch import Tensor
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.lora import LoRAConfig, add_adapters
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from utils.config import flag
 
 DOWNSAMPLE = 16  # of LlamaGen's VQ-16 tokenizer
 
 
 @dataclass(frozen=True)
 class ModelFlags:
-    gpt_model: str = "GPT-B"
-    gpt_type: Literal["c2i", "t2i"] = "c2i"
-    image_size: int = 256
+    gpt_model: str = flag("GPT-B", "row of GPT_SIZES")
+    gpt_type: Literal["c2i", "t2i"] = flag("c2i", "class to image, or text to image")
+    image_size: int = flag(256, "pixels of a side")
     batch_size: int = field(default=8, metadata={"help": "images of a rollout, and of an update"})
-    cfg_scale: float = 2.0
+    cfg_scale: float = flag(2.0, "guidance; 1: none")
     rounds: int = field(default=2, metadata={"help": "timed rounds"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):

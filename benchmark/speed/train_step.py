@@ -25,7 +25,7 @@ from models.gpt import GPT
 from models.lora import LoRAConfig
 from models.policy import Policy
 from trainer_utils.memory import Meter
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 from utils.distributed import Metrics
 
 PHASES = ("seconds/reference", "seconds/update")
@@ -33,14 +33,14 @@ PHASES = ("seconds/reference", "seconds/update")
 
 @dataclass(frozen=True)
 class TrainStepConfig(ModelFlags):
-    guidance_logprob: str = "guided"
-    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    gradient_checkpointing: bool = False
-    micro_batch_size: Literal["auto"] | int | None = None
-    head_chunk_tokens: int = 1024
-    reference: str = "auto"
-    optimizer: str = "adamw"
-    lora_rank: int = 0
+    guidance_logprob: str = flag("guided", "what is scored, as in training")
+    dtype: Literal["float32", "bfloat16", "float16"] = flag("float32", "of matrix products, by autocast")
+    gradient_checkpointing: bool = flag(False, "compute activations again")
+    micro_batch_size: Literal["auto"] | int | None = flag(None, "images of a pass; auto: as many as fit")
+    head_chunk_tokens: int = flag(1024, "tokens whose logits are held at a time")
+    reference: str = flag("auto", "form of the reference model")
+    optimizer: str = flag("adamw", "as in training")
+    lora_rank: int = flag(0, "adapters of this rank alone; 0: all weights")
     baseline: bool = field(default=False, metadata={"help": "also measure the plain step, and print the ratios"})
 
     def __post_init__(self):

@@ -18,17 +18,17 @@ from models.gpt import GPT, GPTConfig
 from models.policy import Policy
 from models.vq import VQ_SIZES, VQConfig, VQModel
 from trainer_utils.memory import peak_bytes
-from utils.config import one_line_errors, parse_args
+from utils.config import flag, one_line_errors, parse_args
 
 
 @dataclass(frozen=True)
 class VQSpeedConfig:
-    vq_model: str = "VQ-16"
-    image_size: int = 256
+    vq_model: str = flag("VQ-16", "row of VQ_SIZES")
+    image_size: int = flag(256, "pixels of a side")
     batch_size: int = field(default=8, metadata={"help": "images at a time"})
     vq_dtype: list[str] = field(default_factory=lambda: ["float32"], metadata={"help": "float32, bfloat16, or both"})
     rounds: int = field(default=3, metadata={"help": "of each; the fastest counts"})
-    device: str = field(default_factory=lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    device: str = flag(lambda: "cuda" if torch.cuda.is_available() else "cpu", "cpu, cuda, cuda:1")
     num_threads: int = field(default=0, metadata={"help": "CPU threads; 0: torch's choice"})
 
     def __post_init__(self):

@@ -4,8 +4,15 @@
     image = render(sample_scene(record, rng))                    # uint8 [64, 64, 3]
     strict_score(detect(image), record)                          # 1.0
 """
-from dataset.shapes.captions import (TASKS, all_prompts, class_condition, parse_caption, prompt_condition,
-                                     sample_record, split_prompts)
+from dataset.shapes.captions import (
+                                     TASKS,
+                                     all_prompts,
+                                     class_condition,
+                                     parse_caption,
+                                     prompt_condition,
+                                     sample_record,
+                                     split_prompts,
+)
 from dataset.shapes.detector import Detection, detect
 from dataset.shapes.render import render
 from dataset.shapes.scene import CLASS_NAMES, COLORS, IMAGE_SIZE, SHAPES, Scene, SceneObject, sample_scene

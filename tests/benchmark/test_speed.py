@@ -4,7 +4,7 @@ import re
 import pytest
 import torch
 
-from benchmark.speed import reference, roofline, rollout
+from benchmark.speed import reference, rollout, roofline
 from models.generate import SamplingConfig, generate
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from tests.tiny_gpt import L, tiny_condition, tiny_gpt

@@ -8,9 +8,28 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from dataset.shapes import (CLASS_NAMES, COLORS, IMAGE_SIZE, SHAPES, TASKS, Detection, Scene, SceneObject, all_prompts,
-                            class_condition, detect, graded_score, parse_caption, prompt_condition, quality_score,
-                            render, sample_record, sample_scene, split_prompts, strict_score)
+from dataset.shapes import (
+    CLASS_NAMES,
+    COLORS,
+    IMAGE_SIZE,
+    SHAPES,
+    TASKS,
+    Detection,
+    Scene,
+    SceneObject,
+    all_prompts,
+    class_condition,
+    detect,
+    graded_score,
+    parse_caption,
+    prompt_condition,
+    quality_score,
+    render,
+    sample_record,
+    sample_scene,
+    split_prompts,
+    strict_score,
+)
 from dataset.shapes import scene as world
 from dataset.shapes.captions import SPLIT_TASKS
 

@@ -7,7 +7,9 @@ from pathlib import Path
 
 from tests.faults.damage import flipped
 from tests.faults.job import Lab, Trial, check_one_line, contents
-from trainer_utils.run_folder import RESUMABLE_CHANGES, RunFolder
+from trainer_utils.composition import CONFIGS
+from trainer_utils.run_folder import RunFolder
+from utils.config import changeable
 
 FLIPS = 100
 CASES: dict[str, tuple[Callable[[bytes], bytes], str]] = {  # name -> (damage, what the error must name beside the file)
@@ -69,7 +71,7 @@ def flips(lab: Lab, count: int, rng: random.Random) -> Iterator[Trial]:
         path.write_bytes(changed := flipped(content, b"", rng))
         before, trial = contents(run), Trial("bits flipped")
         try:
-            RunFolder(run, expected, "none")
+            RunFolder(run, expected, "none", changeable(*CONFIGS))
         except ValueError as error:
             trial.require(str(run) in str(error) and "\n" not in str(error), f"the error was {error}")
             trial.require(contents(run) == before, "files of the run were changed")
@@ -80,4 +82,4 @@ def flips(lab: Lab, count: int, rng: random.Random) -> Iterator[Trial]:
 
 
 def settings(content: bytes) -> dict:
-    return {key: value for key, value in json.loads(content).items() if key not in RESUMABLE_CHANGES}
+    return {key: value for key, value in json.loads(content).items() if key not in changeable(*CONFIGS)}

@@ -91,7 +91,7 @@ def one_case(run: Path, steps: tuple[int, int], name: str, damage, rng: random.R
         (folder / name).write_bytes(changed)
     reason = checkpoint_damage(folder) or ""
     with Messages() as messages:
-        found = RunFolder(run, {}, "none", resumable_changes=AnyChange()).latest_checkpoint()
+        found = RunFolder(run, {}, "none", may_change=AnyChange()).latest_checkpoint()
     (folder / name).write_bytes(content)
     case = f"{name} {damage.__name__}"
     # checksums.json is read first: if it still reads, the file that it no longer fits is what can be named

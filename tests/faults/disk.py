@@ -15,8 +15,7 @@ import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from tests.faults.job import (Job, Lab, Trial, check_finished, check_one_line, check_tidy, newest_complete,
-                              step_lines)
+from tests.faults.job import Job, Lab, Trial, check_finished, check_one_line, check_tidy, newest_complete, step_lines
 
 DISK_BYTES = 16 << 20
 ROOM_BYTES = 64 << 10  # left when it is filled: for lines of metrics.jsonl, not for a checkpoint

@@ -12,8 +12,18 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from tests.faults.job import (POLL_SEC, Job, Lab, Reference, Trial, check_finished, check_resumption, is_saving,
-                              newest_complete, step_lines)
+from tests.faults.job import (
+    POLL_SEC,
+    Job,
+    Lab,
+    Reference,
+    Trial,
+    check_finished,
+    check_resumption,
+    is_saving,
+    newest_complete,
+    step_lines,
+)
 
 WEIGHTS = {"start": 3, "step": 5, "save": 3}  # of aims
 MOST_STEPS_AHEAD = 9  # of a life: a run of 40 steps takes some ten of them

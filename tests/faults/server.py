@@ -17,8 +17,19 @@ from img_gen_grpo_rewards import RewardSet
 from scripts.reward_server import as_json, read_request
 from tests.fake_server import FakeServer, close
 from tests.faults.disk import stopped
-from tests.faults.job import (END_SEC, ROOT, Lab, Trial, check_finished, check_one_line, check_resumption, check_tidy,
-                              newest_complete, step_lines, wait_until)
+from tests.faults.job import (
+    END_SEC,
+    ROOT,
+    Lab,
+    Trial,
+    check_finished,
+    check_one_line,
+    check_resumption,
+    check_tidy,
+    newest_complete,
+    step_lines,
+    wait_until,
+)
 
 REWARD = "shapes_quality"
 IMAGES = 32  # of a step

@@ -15,7 +15,7 @@ from models.generate import Engine, Rollout, SamplingConfig, even_parts, generat
 from models.gpt import GPT_SIZES, GPTConfig
 from models.graphs import StepGraphs
 from models.policy import Policy, default_rollout_dtype
-from tests.tiny_gpt import L, SAMPLING, tiny_condition, tiny_gpt
+from tests.tiny_gpt import SAMPLING, L, tiny_condition, tiny_gpt
 
 SEEDS = list(range(40, 46))
 

@@ -8,7 +8,7 @@ from models.generate import SamplingConfig, draw, generate, log_distribution
 from models.policy import Policy, Scorer
 from models.vq import VQConfig, VQModel
 from tests.golden.recipe import recipe_
-from tests.tiny_gpt import L, SAMPLING, V, tiny_condition, tiny_gpt
+from tests.tiny_gpt import SAMPLING, L, V, tiny_condition, tiny_gpt
 
 
 @pytest.mark.parametrize("model_type,name", list(itertools.product(("c2i", "t2i"), SAMPLING)))

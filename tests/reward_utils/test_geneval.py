@@ -16,9 +16,22 @@ from benchmark.geneval import prompts
 from benchmark.geneval.prompts import SHA256, make_records, write_prompts
 from dataset import shapes
 from reward_utils import mask2former
-from reward_utils.geneval import (CLASS_NAMES, COLORS, ColorClassifier, DetectedObject, GenevalScorer, ShapesScorer,
-                                  coloured_objects, cut_out, evaluate, graded_score, overlap, record_problem,
-                                  relative_position, select)
+from reward_utils.geneval import (
+    CLASS_NAMES,
+    COLORS,
+    ColorClassifier,
+    DetectedObject,
+    GenevalScorer,
+    ShapesScorer,
+    coloured_objects,
+    cut_out,
+    evaluate,
+    graded_score,
+    overlap,
+    record_problem,
+    relative_position,
+    select,
+)
 from reward_utils.mask2former import Instances
 from reward_utils.pixels import CLIP_MEAN, CLIP_STD
 from reward_utils.settings import RewardSettings

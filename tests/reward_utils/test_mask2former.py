@@ -11,8 +11,17 @@ import torch.nn.functional as F
 from transformers import Mask2FormerForUniversalSegmentation
 
 from reward_utils import mask2former
-from reward_utils.mask2former import (check_complete, config_of, convert, load_mask2former, mask_boxes, postprocess,
-                                      preprocess, reorder_patches, resize_like_opencv)
+from reward_utils.mask2former import (
+    check_complete,
+    config_of,
+    convert,
+    load_mask2former,
+    mask_boxes,
+    postprocess,
+    preprocess,
+    reorder_patches,
+    resize_like_opencv,
+)
 from tests.tiny_geneval import MASK2FORMER as GOLDEN
 from tests.tiny_geneval import RULE, SHRINK, mmdet_state, write_mmdet
 

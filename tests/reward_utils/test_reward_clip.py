@@ -9,8 +9,14 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import (CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, CLIPTokenizer,
-                          CLIPVisionModelWithProjection)
+from transformers import (
+    CLIPConfig,
+    CLIPImageProcessorPil,
+    CLIPModel,
+    CLIPProcessor,
+    CLIPTokenizer,
+    CLIPVisionModelWithProjection,
+)
 from transformers.utils import logging
 
 from img_gen_grpo_rewards import ClipReward, RewardSet
@@ -19,8 +25,7 @@ from reward_utils.aesthetic import AestheticHead, AestheticScorer
 from reward_utils.clip import ClipScorer
 from reward_utils.pickscore import PickScorer
 from reward_utils.pixels import to_pil
-from reward_utils.quantize import (COSINE_BOUNDS, COSINE_REWARDS, FID_BOUNDS, FID_REWARDS, quantize,
-                                   scaled_or_quantized)
+from reward_utils.quantize import COSINE_BOUNDS, COSINE_REWARDS, FID_BOUNDS, FID_REWARDS, quantize, scaled_or_quantized
 from reward_utils.settings import RewardSettings
 
 CPU = torch.device("cpu")

@@ -10,11 +10,12 @@ from PIL import Image
 from trainer_utils.run_folder import RunFolder, checkpoint_damage
 from utils.atomic import atomic_write_bytes
 
+MAY_CHANGE = ("exit_step", "num_processes")
 CONFIG = {"num_generations": 4, "beta": 0.01, "reward_weights": (1.0,), "exit_step": 10}
 
 
 def make(path, **changes) -> RunFolder:
-    return RunFolder(path, {**CONFIG, **changes}, report_to="none")
+    return RunFolder(path, {**CONFIG, **changes}, "none", MAY_CHANGE)
 
 
 def writer(content: bytes = b"weights"):
@@ -55,9 +56,20 @@ def test_changed_config_is_refused_with_every_change(tmp_path):
 
 def test_the_caller_chooses_what_may_change(tmp_path):
     make(tmp_path)
-    RunFolder(tmp_path, {**CONFIG, "beta": 0.5}, report_to="none", resumable_changes=("beta",))
+    RunFolder(tmp_path, {**CONFIG, "beta": 0.5}, report_to="none", may_change=("beta",))
     with pytest.raises(ValueError, match="exit_step"):
-        RunFolder(tmp_path, {**CONFIG, "exit_step": 1}, report_to="none", resumable_changes=("beta",))
+        RunFolder(tmp_path, {**CONFIG, "exit_step": 1}, report_to="none", may_change=("beta",))
+
+
+def test_settings_that_did_not_exist_must_have_their_defaults(tmp_path):
+    """An old run goes on under a version with more flags; bf16 has become a value of dtype."""
+    make(tmp_path, bf16=True)
+    now = {**CONFIG, "bf16": True, "dtype": "bfloat16", "max_kl": None}
+    defaults = {"bf16": False, "dtype": "float32", "max_kl": None}
+    with pytest.raises(ValueError, match="max_kl: None -> 0.5"):
+        RunFolder(tmp_path, {**now, "max_kl": 0.5}, "none", (), defaults)
+    RunFolder(tmp_path, now, "none", (), defaults)
+    assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
 
 
 def test_damaged_config_is_named(tmp_path):

@@ -1,13 +1,29 @@
 """utils/config.py: flags and YAML become dataclasses; each mistake is one line that names it."""
 
+import dataclasses
 import json
+import math
+import re
 from dataclasses import dataclass, field
 from typing import Literal, Optional
 
 import pytest
 
+from benchmark.geneval.evaluate import EvaluateConfig
+from benchmark.sampling import SampleConfig
+from benchmark.speed.end_to_end import EndToEndConfig
+from benchmark.speed.plan import PlanConfig
+from benchmark.speed.rewards import SpeedConfig
+from benchmark.speed.rollout import RolloutSpeedConfig
+from benchmark.speed.vq import VQSpeedConfig
+from models.generate import SamplingConfig
+from reward_utils.score_folder import ScoreConfig
+from scripts.reward_server import ServerConfig
+from trainer_utils.composition import CONFIGS, PromptConfig
+from trainer_utils.grpo_config import GRPOConfig
+from trainer_utils.pretraining import PretrainConfig
 from utils import config
-from utils.config import key_names, one_line_errors, parse_args, resolved
+from utils.config import changeable, key_names, one_line_errors, parse_args, resolved
 
 
 @dataclass(frozen=True)
@@ -220,3 +236,42 @@ def test_one_line_errors(capsys, monkeypatch, mistake):
 def test_one_line_errors_leaves_bugs_alone():
     with pytest.raises(KeyError), one_line_errors():
         raise KeyError("a bug")
+
+
+# ---- what a field says of its flag -----------------------------------------------------------------------------------
+
+ALL_CONFIGS = (*CONFIGS, PromptConfig, SampleConfig, PretrainConfig, ServerConfig, ScoreConfig, EvaluateConfig,
+               RolloutSpeedConfig, EndToEndConfig, VQSpeedConfig, SpeedConfig, PlanConfig)
+
+
+@pytest.mark.parametrize("cls", ALL_CONFIGS, ids=lambda cls: cls.__name__)
+def test_every_flag_has_a_help_text(cls):
+    assert [field.name for field in dataclasses.fields(cls) if field.init and not field.metadata.get("help")] == []
+
+
+def test_what_may_change_on_resume_is_said_by_the_fields():
+    names = changeable(*CONFIGS)
+    leaner = {"gradient_checkpointing", "micro_batch_size", "head_chunk_tokens", "offload", "num_threads", "sharding"}
+    assert leaner <= names and {"exit_step", "eval_steps", "max_bad_updates", "reward_servers"} <= names
+    assert not names & {"learning_rate", "beta", "cfg_scale", "num_generations", "reward_funcs", "dtype", "gpt_ckpt",
+                        "data_seed", "guidance_logprob", "lora_rank", "reward_dtype"}
+
+
+def test_ranges_and_choices_are_held_wherever_a_configuration_is_made():
+    for error, make in (("beta must be at least 0, got -1", lambda: GRPOConfig(beta=-1)),
+                        ("scale_rewards must be one of group, batch, none, got 'all'",
+                         lambda: GRPOConfig(scale_rewards="all")),
+                        ("micro_batch_size must be at least 1, got 0", lambda: GRPOConfig(micro_batch_size=0)),
+                        ("temperature must be a number above 0, got 0", lambda: SamplingConfig(temperature=0)),
+                        ("learning_rate must be at least 0, got nan", lambda: GRPOConfig(learning_rate=math.nan))):
+        with pytest.raises(ValueError, match=re.escape(error)):
+            make()
+    GRPOConfig(micro_batch_size="auto", epsilon_high=None, save_total_limit=None)
+
+
+def test_help_keeps_the_lines_of_the_description_and_names_groups(capsys):
+    with pytest.raises(SystemExit):
+        parse_args((GRPOConfig,), ["--help"], "First line.\n\n    an example\n    another")
+    text = capsys.readouterr().out
+    assert "    an example\n    another" in text and "The objective and the training loop:" in text
+    assert "--scale_rewards group|batch|none" in text and "default: 8)" in text
