@@ -66,7 +66,7 @@ def test_settings_that_did_not_exist_must_have_their_defaults(tmp_path):
     make(tmp_path, bf16=True)
     now = {**CONFIG, "bf16": True, "dtype": "bfloat16", "max_kl": None}
     defaults = {"bf16": False, "dtype": "float32", "max_kl": None}
-    with pytest.raises(ValueError, match="max_kl: None -> 0.5"):
+    with pytest.raises(ValueError, match="max_kl: null -> 0.5"):
         RunFolder(tmp_path, {**now, "max_kl": 0.5}, "none", (), defaults)
     RunFolder(tmp_path, now, "none", (), defaults)
     assert json.loads((tmp_path / "config.json").read_text())["dtype"] == "bfloat16"
