@@ -18,7 +18,6 @@ import argparse
 import hashlib
 import json
 import os
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -43,6 +42,7 @@ from reward_utils.fid_math import (
 )
 from reward_utils.inception import FEATURES, extract_all, load_features
 from utils import distributed
+from utils.config import Parser, one_line_errors
 from utils.image_files import Batch, Share, count_images, read_batches
 from utils.npz import npz_keys, open_npz, peek, read_array, read_text
 
@@ -325,7 +325,7 @@ def protocol(ref: Measured, samples: Measured, args: argparse.Namespace) -> str:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 def parse_args(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = Parser(description=__doc__.splitlines()[0])
     parser.add_argument("ref", type=Path, help=".npz (images or statistics) or folder of images")
     parser.add_argument("samples", type=Path, nargs="?", help=".npz (images) or folder; none: only --save_stats")
     parser.add_argument("--features", choices=FEATURES, default="inception", help="feature network")
@@ -413,14 +413,12 @@ def evaluate(args: argparse.Namespace) -> dict | None:
 
 def main(argv: list[str] | None = None) -> None:
     args = parse_args(argv)
-    try:
-        results = evaluate(args)
-    except (ValueError, OSError) as error:
-        sys.exit(f"fid_evaluation.py: {error}")
+    results = evaluate(args)
     if results:
         print(format_table(results))
     distributed.shutdown()
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors(), distributed.translated_errors():
+        main()

@@ -12,7 +12,7 @@
 # REF: what fid_evaluation.py compares with (also --ref); shapes models need none.
 # GPU_RANK: a GPU, or several (one process each); without GPUs it is ignored, and NPROC=2 gives 2 processes.
 set -euo pipefail
-usage="usage: bash test.sh MODEL_NAME GPU_RANK STEP CFG [flags of sample_c2i.py]"
+usage="error: usage: bash test.sh MODEL_NAME GPU_RANK STEP CFG [flags of sample_c2i.py]"
 if [ $# -lt 3 ]; then
   echo "$usage" >&2
   exit 2

@@ -11,7 +11,7 @@
 # GPU_RANK: a GPU, or several (one process each); without GPUs it is ignored, and NPROC=2 gives 2 processes.
 set -euo pipefail
 if [ $# -lt 4 ]; then
-  echo "usage: bash test_t2i.sh MODEL_NAME GPU_RANK STEP CFG [flags of sample_t2i.py]" >&2
+  echo "error: usage: bash test_t2i.sh MODEL_NAME GPU_RANK STEP CFG [flags of sample_t2i.py]" >&2
   exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"

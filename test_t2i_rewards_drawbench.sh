@@ -10,7 +10,7 @@
 # drawbench.json: python -m benchmark.drawbench.prepare DrawBench.csv drawbench.json
 set -euo pipefail
 if [ $# -lt 4 ]; then
-  echo "usage: bash test_t2i_rewards_drawbench.sh MODEL_NAME GPU_RANK STEP CFG [flags of test_t2i_rewards.py]" >&2
+  echo "error: usage: bash test_t2i_rewards_drawbench.sh MODEL_NAME GPU_RANK STEP CFG [flags of test_t2i_rewards.py]" >&2
   exit 2
 fi
 cd "$(dirname "${BASH_SOURCE[0]}")"

@@ -8,7 +8,6 @@ bootstrap over prompts. An image that failed in either run leaves both. Numbers 
 sets of images: both are shown, and where both carry bootstrap intervals, so does their difference, as if the two were
 independent (sharing seeds makes that interval too wide rather than too narrow).
 """
-import argparse
 import html
 import json
 import math
@@ -32,7 +31,7 @@ from benchmark.prompt_scores import (
 )
 from trainer_utils.report import page, section, table
 from utils.atomic import atomic_write_text
-from utils.config import one_line_errors
+from utils.config import Parser, one_line_errors
 from utils.files import read_object
 
 RESULTS_DIR = "test_results"
@@ -294,7 +293,7 @@ def rank_changes(a: Evaluation, b: Evaluation, names: list[str]) -> list[str]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(prog="python -m benchmark.compare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m benchmark.compare", description=__doc__.splitlines()[0])
     parser.add_argument("run_a", help=f"folder of an evaluation, or its name in {RESULTS_DIR}/")
     parser.add_argument("run_b")
     parser.add_argument("--bootstrap", type=int, default=2000, metavar="N", help="draws of the prompts")

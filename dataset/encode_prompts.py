@@ -6,7 +6,6 @@ A run whose prompts are all in the cache never loads T5. The embeddings are stor
 (bfloat16 on a GPU, float32 on a CPU, or --dtype): what comes out of the cache is bit for bit what went in. All of them
 are held in memory until the file is written: about 2.5 GB for 30,000 captions of flan-t5-xl in bfloat16.
 """
-import argparse
 from pathlib import Path
 
 import torch
@@ -14,6 +13,7 @@ from tqdm import tqdm
 
 from dataset.prompts import load_prompts
 from models.text import TextEncoder
+from utils.config import Parser, one_line_errors
 
 CHUNK = 256
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -30,7 +30,7 @@ def encode_prompts(encoder: TextEncoder, prompts: list[str], output: Path) -> in
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("--prompts", nargs="+", required=True, help=".json, .jsonl, .txt or .yaml files")
     parser.add_argument("--encoder", default="google/flan-t5-xl", help="hub id or local folder")
     parser.add_argument("--output", type=Path, required=True)
@@ -39,14 +39,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=DTYPES)
     parser.add_argument("--no_clean", action="store_true", help="skip LlamaGen's caption cleaning")
     args = parser.parse_args(argv)
-    try:
-        prompts = [condition.prompt for condition in load_prompts(args.prompts)]
-        encoder = TextEncoder(args.encoder, args.max_length, args.device, DTYPES.get(args.dtype), not args.no_clean)
-        count = encode_prompts(encoder, prompts, args.output)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    prompts = [condition.prompt for condition in load_prompts(args.prompts)]
+    encoder = TextEncoder(args.encoder, args.max_length, args.device, DTYPES.get(args.dtype), not args.no_clean)
+    count = encode_prompts(encoder, prompts, args.output)
     print(f"wrote {count} distinct prompts of {len(prompts)} to {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -6,12 +6,12 @@ The annotations come with https://cocodataset.org (annotations_trainval2017.zip)
 captions are what LlamaGen and others evaluate on. Which 30,000 captions AR-GRPO used was never published, so the choice
 here is a seeded draw, not theirs. Images are neither needed nor read.
 """
-import argparse
 import json
 import os
 import random
 from pathlib import Path
 
+from utils.config import Parser, one_line_errors
 from utils.files import parse_json, read_text
 
 
@@ -59,19 +59,17 @@ def write_atomic(path: Path, text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = Parser(description=__doc__.split("\n")[0])
     parser.add_argument("annotations", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument("--num", type=int, default=30000)
     parser.add_argument("--seed", type=int, default=42)
     args = parser.parse_args(argv)
-    try:
-        records = prompt_records(captions_by_image(args.annotations), args.num, args.seed)
-        write_atomic(args.output, json.dumps(records, ensure_ascii=False, indent=1))
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    records = prompt_records(captions_by_image(args.annotations), args.num, args.seed)
+    write_atomic(args.output, json.dumps(records, ensure_ascii=False, indent=1))
     print(f"wrote {len(records)} prompts to {args.output}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

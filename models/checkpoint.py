@@ -27,6 +27,7 @@ from torch import Tensor, nn
 from models.gpt import GPT, GPT_SIZES, GPTConfig, rope_table
 from models.lora import merged_state
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from utils.config import Parser, one_line_errors
 from utils.files import read_object, refuse_compressed
 
 
@@ -338,7 +339,7 @@ def _core(shapes: dict[str, tuple], kind: Kind) -> dict[str, tuple]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Export a GPT checkpoint to LlamaGen's .pt format.")
+    parser = Parser(description="Export a GPT checkpoint to LlamaGen's .pt format.")
     parser.add_argument("source", type=Path, help="any GPT checkpoint that load_gpt reads")
     parser.add_argument("target", type=Path, help="the .pt file to write")
     parser.add_argument("--gpt_model", choices=list(GPT_SIZES), help="not needed for folders with a model.json")
@@ -347,12 +348,10 @@ def main(argv: list[str] | None = None) -> None:
         parser.add_argument(f"--{field}", type=int)
     overrides = {key: value for key, value in vars(parser.parse_args(argv)).items() if value is not None}
     source, target, name = (overrides.pop(key, None) for key in ("source", "target", "gpt_model"))
-    try:
-        export_llamagen(load_gpt(source, name, **overrides), target)
-    except (ValueError, OSError) as error:
-        parser.exit(2, f"error: {error}\n")
+    export_llamagen(load_gpt(source, name, **overrides), target)
     print(f"wrote {target}")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

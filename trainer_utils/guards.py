@@ -9,6 +9,8 @@ from trainer_utils.grpo_config import GRPOConfig
 class TrainingStopped(ValueError):
     """A guard ended the run; the message says which, why, and what to try."""
 
+    exit_code = 1  # utils/config.py: no mistake in a flag
+
 
 def divergence(numbers: dict[str, float], bad_updates: int, config: GRPOConfig) -> str:
     """Why the policy of this step must not be kept; empty if it may."""

@@ -19,6 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from utils.config import one_line_errors
 from utils.files import read_object
 
 STDERR = "_stderr"
@@ -233,13 +234,10 @@ def page(parts: list[str], title: str = "Run report") -> str:
 
 def main() -> None:
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m trainer_utils.report RUN_FOLDER")
-    try:
-        path = write_report(Path(sys.argv[1]))
-    except (ValueError, OSError) as error:
-        raise SystemExit(f"error: {error}") from None
-    sys.stdout.write(f"{path}\n")
+        raise ValueError("usage: python -m trainer_utils.report RUN_FOLDER")
+    sys.stdout.write(f"{write_report(Path(sys.argv[1]))}\n")
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

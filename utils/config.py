@@ -15,6 +15,7 @@ import difflib
 import json
 import math
 import os
+import signal
 import sys
 import time
 import types
@@ -27,6 +28,7 @@ from utils.files import compose_yaml, one_line, yaml_value
 CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
 DEBUG_VARIABLE = "ARGRPO_DEBUG"
 STATUS_VARIABLE = "ARGRPO_STATUS_DIR"  # where scripts/run_workers.py looks for each process's error
+INTERRUPTED = "stopped by Ctrl-C: what is finished is kept, the same command goes on from there"
 
 _BOOLS = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
 # annotation -> (words for the error, YAML types taken as they are, reader of text)
@@ -88,7 +90,9 @@ class _Option(NamedTuple):
     aliases: tuple[str, ...]
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """argparse's, whose complaint is one line of the form that all scripts have."""
+
     def error(self, message: str):
         _record_failure(2, message)
         self.exit(2, f"error: {one_line(message, None)}\n")  # argparse's own prints the whole usage first
@@ -138,18 +142,29 @@ def resolved(*instances) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def one_line_errors():
-    """Around a script's main (as `with` or as a decorator): ValueError and OSError, which stand for users' mistakes,
-    become `error: ...` on stderr and exit status 1. ARGRPO_DEBUG=1 shows the traceback instead. Of several processes,
-    each leaves its error where the launcher finds it, bugs' too."""
+    """Around a script's main (as `with` or as a decorator): ValueError and OSError become `error: ...` on stderr and
+    Ctrl-C `stopped ...`, one line each, and the exit status of `exit_code`. ARGRPO_DEBUG=1 shows the traceback instead.
+    Of several processes, each leaves its error where the launcher finds it, bugs' too."""
     try:
         with contextlib.ExitStack() as stack:
             stack.push(_record_error)
             yield
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, KeyboardInterrupt) as error:
         if os.environ.get(DEBUG_VARIABLE) == "1":
             raise
-        sys.stderr.write(f"error: {one_line(error, None)}\n")
-        raise SystemExit(1) from None
+        sys.stderr.write(f"{INTERRUPTED}\n" if isinstance(error, KeyboardInterrupt) else
+                         f"error: {one_line(error, None)}\n")
+        raise SystemExit(exit_code(error)) from None
+
+
+def exit_code(error: BaseException) -> int:
+    """2: a user's mistake, in flags or files; 1: a failure on the way; 130, as shells have it: Ctrl-C. An error that
+    knows better carries an `exit_code`."""
+    if isinstance(error, KeyboardInterrupt):
+        return 128 + signal.SIGINT
+    mistake = isinstance(error, (ValueError, FileNotFoundError, FileExistsError, NotADirectoryError, IsADirectoryError,
+                                 PermissionError))
+    return getattr(error, "exit_code", 2 if mistake else 1)
 
 
 def _record_error(kind: type | None, error: BaseException | None, traceback) -> None:
@@ -160,7 +175,7 @@ def _record_error(kind: type | None, error: BaseException | None, traceback) -> 
             _record_failure(code, error.code if isinstance(error.code, str) else "")
     elif error is not None:
         message = str(error) if isinstance(error, (ValueError, OSError)) else f"{kind.__name__}: {error}"
-        _record_failure(1, message or kind.__name__, getattr(error, "consequence", False))
+        _record_failure(exit_code(error), message or kind.__name__, getattr(error, "consequence", False))
 
 
 def _record_failure(code: int, message: str, consequence: bool = False) -> None:
@@ -194,10 +209,10 @@ def _options(dataclass_types: tuple[type, ...]) -> dict[str, _Option]:
     return options
 
 
-def _build_parser(options: dict[str, _Option], description: str) -> _Parser:
-    parser = _Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
-                     formatter_class=argparse.RawDescriptionHelpFormatter,
-                     usage="%(prog)s [--config NAME_OR_PATH] [--FLAG VALUE ...]")
+def _build_parser(options: dict[str, _Option], description: str) -> Parser:
+    parser = Parser(description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS,
+                    formatter_class=argparse.RawDescriptionHelpFormatter,
+                    usage="%(prog)s [--config NAME_OR_PATH] [--FLAG VALUE ...]")
     parser.add_argument("--config", metavar="NAME_OR_PATH", help="a preset of configs/ by name, or a YAML file")
     groups: dict[type, Any] = {}
     for option in options.values():

@@ -8,7 +8,7 @@
 # GPU_RANK: a GPU, or several (one process each); without GPUs it is ignored, and NPROC=2 gives 2 processes.
 set -euo pipefail
 if [ $# -lt 2 ]; then
-  echo "usage: bash benchmark/geneval/eval.sh IMAGES_DIR GPU_RANK [flags of benchmark/geneval/evaluate.py]" >&2
+  echo "error: usage: bash benchmark/geneval/eval.sh IMAGES_DIR GPU_RANK [flags of benchmark/geneval/evaluate.py]" >&2
   exit 2
 fi
 images=$1

@@ -23,6 +23,7 @@ from img_gen_grpo_rewards import RewardSet
 from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
 from trainer_utils.statistics import token_hamming
+from utils.config import Parser, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 WEIGHTS = "models/pretrained/shapes"
@@ -102,7 +103,7 @@ def table_row(row: str, results: list[dict]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kind", choices=("c2i", "t2i"), default="c2i")
     parser.add_argument("--seconds", type=float, default=90)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
@@ -122,4 +123,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with one_line_errors():
+        main()

@@ -20,7 +20,7 @@ import sys
 import time
 from pathlib import Path
 
-from utils.config import one_line_errors
+from utils.config import Parser, one_line_errors
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmark" / "RESULTS.md"
@@ -127,8 +127,8 @@ def limits(names: list[str], budget: float) -> dict[str, float]:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="bash benchmark/gpu_check.sh", description=__doc__,
-                                     formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser(prog="bash benchmark/gpu_check.sh", description=__doc__,
+                    formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", metavar="STAGE", help=f"of {' '.join(ORDER)}; none: all, in this order")
     parser.add_argument("--seconds", type=float, default=470.0, help="for all stages together (default: %(default)s)")
     parser.add_argument("--output", type=Path, default=Path(os.environ.get("OUT") or ROOT / "build" / "gpu_check"))

@@ -111,7 +111,7 @@ def test_command_line(tmp_path):
 
     assert call(run).stdout.strip() == str(run / "report.html")
     failed = call(tmp_path / "absent")
-    assert failed.returncode == 1 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
+    assert failed.returncode == 2 and failed.stderr.startswith("error: ") and failed.stderr.count("\n") == 1
 
 
 def test_events_are_shown_and_half_a_line_is_not(tmp_path):

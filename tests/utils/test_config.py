@@ -218,8 +218,14 @@ def test_resolved_is_flat_strict_json():
     assert flat["reward_weights"] == [1.0, 2.0] and flat["max_gap"] == "inf" and flat["gpt_ckpt"] is None
 
 
-@pytest.mark.parametrize("mistake", [ValueError("two\nlines"), OSError("two lines")])
-def test_one_line_errors(capsys, monkeypatch, mistake):
+class Guarded(ValueError):
+    exit_code = 1
+
+
+@pytest.mark.parametrize("mistake, code", [
+    (ValueError("two\nlines"), 2), (FileNotFoundError("two lines"), 2),  # bad input
+    (OSError("two lines"), 1), (Guarded("two lines"), 1)])  # a failure on the way
+def test_one_line_errors(capsys, monkeypatch, mistake, code):
     @one_line_errors()
     def main():
         raise mistake
@@ -227,7 +233,7 @@ def test_one_line_errors(capsys, monkeypatch, mistake):
     monkeypatch.delenv("ARGRPO_DEBUG", raising=False)
     with pytest.raises(SystemExit) as stop:
         main()
-    assert stop.value.code == 1 and capsys.readouterr().err == "error: two lines\n"
+    assert stop.value.code == code and capsys.readouterr().err == "error: two lines\n"
     monkeypatch.setenv("ARGRPO_DEBUG", "1")
     with pytest.raises(type(mistake)):
         main()
