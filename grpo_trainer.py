@@ -30,7 +30,7 @@ from trainer_utils.objective import aggregate_advantages, group_advantages, grpo
 from trainer_utils.optimizer import build_optimizer, learning_rate
 from trainer_utils.reference import Reference, distribute
 from trainer_utils.report import write_report
-from trainer_utils.statistics import nan_std
+from trainer_utils.statistics import nan_std, without_spread
 from utils import distributed
 
 __all__ = ["GRPOConfig", "GRPOTrainer", "Rollout", "TrainingStopped", "aggregate_advantages", "group_advantages",
@@ -89,6 +89,7 @@ class GRPOTrainer:
         # float16 has few exponents: gradients are made of a loss that is large enough not to vanish in it.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=policy.autocast_dtype == torch.float16)
         self.micro_batch_size = config.micro_batch_size or config.per_device_train_batch_size
+        self.constant_steps = 0  # in a row, without spread in any group
         self.sampler = PromptSampler(len(self.conditions), config.data_seed)
         self.images_per_step = config.prompts_per_step * config.num_generations * self.world_size
         self.checkpoints = Checkpoints(run, self.scorer, self.optimizer, self.scaler, save_policy, config)
@@ -132,6 +133,8 @@ class GRPOTrainer:
         if number and step < self.config.exit_step:
             self.checkpoints.interrupt(step, number)
         if self.run:
+            script = "test.sh" if self.policy.text_encoder is None else "test_t2i.sh"
+            logger.info("next: bash %s %s 0 latest %g", script, self.run.path, self.policy.sampling.cfg_scale)
             try:
                 write_report(self.run.path)
             except (OSError, ValueError) as error:  # the run itself is safe
@@ -160,6 +163,7 @@ class GRPOTrainer:
             samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set,
                                                    config.rollout_batch_size, metrics.timed)
 
+        self.check_distribution(samples, step)
         with metrics.timed("seconds/reference"):
             rows = torch.arange(len(conditions), device=self.device).repeat_interleave(group)
             condition, mask = (None if part is None else part[rows] for part in samples.encoded)
@@ -181,6 +185,17 @@ class GRPOTrainer:
             self.log_rewards(scores, advantages, result.failures, step, metrics)
         own = advantages[self.rank::self.world_size].flatten()  # [N]
         return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
+
+    def check_distribution(self, samples, step: int) -> None:
+        """Logits that overflowed draw tokens without complaint, and every other number looks healthy."""
+        finite = samples.logps.isfinite().all() & samples.entropies.isfinite().all()
+        for event, bad, what in (("non_finite_logits", ~finite, "the logits of sampled tokens are not finite"),
+                                 ("certain_tokens", ~samples.entropies.any(), "every token is drawn with certainty, as "
+                                  "the logits are beyond what their numbers resolve")):
+            if distributed.reduce(bad, "max", self.device):
+                self.checkpoints.stop(event, step + 1, (
+                    f"step {step + 1}: {what}: look at --cfg_scale {self.policy.sampling.cfg_scale:g}, --temperature "
+                    f"{self.policy.sampling.temperature:g} and the weights"))
 
     def update(self, minibatch: Rollout, step: int, metrics: distributed.Metrics) -> None:
         """One optimizer update, in micro-batches whose gradients add up to that of the whole minibatch."""
@@ -278,7 +293,8 @@ class GRPOTrainer:
         totals = weighted_sum(scores, self.reward_set.weights)
         failed = advantages.isnan().float().mean().item()
         metrics.add({"reward": totals.nanmean(), "reward_std": nan_std(totals).mean(), "reward_failures": failed,
-                     "zero_spread_groups": (advantages.nan_to_num(0.0) == 0).all(dim=1).sum(),
+                     "zero_spread_groups": (flat := without_spread(totals)).sum(),
+                     "zero_spread_share": flat.float().mean(),
                      **{f"rewards/{name}": one.nanmean() for name, one in by_name.items()},
                      **{f"failures/{name}": one.isnan().sum() for name, one in by_name.items()}})
         if told := distributed.failure_report(by_name, failures):
@@ -288,6 +304,23 @@ class GRPOTrainer:
             self.checkpoints.stop("reward_failures", step, (
                 f"step {step}: {failed:.0%} of the images have no reward, above --max_reward_failures "
                 f"{self.config.max_reward_failures}: {told}; saved checkpoint-{step}"))
+        self.watch_constant_rewards(by_name, bool(flat.all()), step)
+
+    def watch_constant_rewards(self, by_name: dict[str, Tensor], constant: bool, step: int) -> None:
+        """A judge that says the same of every image looks healthy in all other numbers."""
+        self.constant_steps = self.constant_steps + 1 if constant else 0
+        if not constant:
+            return
+        weighted = [name for name, weight in zip(by_name, self.reward_set.weights) if weight]
+        what = "every weight in --reward_weights is 0" if not weighted else "; ".join(
+            f"{name} is {by_name[name].nanmean():.4g} for every image of a group" for name in weighted)
+        if self.constant_steps == 1:
+            logger.warning("step %d teaches nothing: %s", step + 1, what)
+            self.checkpoints.event("constant_rewards", step=step + 1, reason=what, action="continue")
+        if self.config.max_constant_steps and self.constant_steps >= self.config.max_constant_steps:
+            self.checkpoints.stop("constant_rewards", step + 1, (
+                f"the rewards were equal in every group for {self.constant_steps} steps in a row "
+                f"(--max_constant_steps), so that nothing was learned: {what}"))
 
     def log(self, step: int, numbers: dict[str, float]) -> None:
         if self.run:

@@ -79,8 +79,8 @@ def format_scores(table: dict) -> str:
 
 def score(job: Job, groups: list[list[Sample]]) -> str:
     """Scores of shapes prompts, also as results.json; for others the next command."""
-    if job.own.prompt_files not in (None, ["shapes"]) or job.size != shapes.IMAGE_SIZE:
-        return f"score GenEval's prompts with: bash benchmark/geneval/eval.sh {job.folder} 0"
+    if not of_the_shapes_world(job):
+        return "scores: GenEval's evaluator gives them"
     rows = shapes_scores(job.folder, groups)
     table, about = task_table(rows), {"model": job.policy.gpt_ckpt, "protocol": job.protocol()}
     write_scores(job.folder, rows, about)
@@ -88,6 +88,10 @@ def score(job: Job, groups: list[list[Sample]]) -> str:
                "scores_mean_and_standard_error": table}
     atomic_write_text(job.folder / "results.json", json.dumps(results, indent=2, allow_nan=False) + "\n")
     return format_scores(table)
+
+
+def of_the_shapes_world(job: Job) -> bool:
+    return job.own.prompt_files in (None, ["shapes"]) and job.size == shapes.IMAGE_SIZE
 
 
 def load_conditions(job: Job) -> list[Condition]:
@@ -109,6 +113,8 @@ def main(argv: list[str] | None = None) -> None:
         print(score(job, groups))
         print(f"wrote {len(prompts)} x {job.own.num_images_per_prompt} images to {job.folder}, seen in "
               f"{write_report(job.folder)}; {job.protocol()}")
+        detector = " --detector shapes" if of_the_shapes_world(job) else ""
+        print(f"next: bash benchmark/geneval/eval.sh {job.folder} 0{detector}")
     distributed.shutdown()
 
 

@@ -29,6 +29,7 @@ class PolicyConfig:
     gpt_type: Literal["c2i", "t2i"] = flag("c2i", "class to image, or text to image")
     gpt_model: str | None = flag(None, "row of GPT_SIZES; none: what the folder's model.json says")
     vq_model: str | None = flag(None, "row of VQ_SIZES; none: what the folder's model.json says, VQ-16 for other files")
+    use_ema: bool = flag(False, "of a gpt_ckpt that also holds an average of its weights, the average")
     image_size: int = flag(256, "pixels of a side, as decoded", least=1)
     num_classes: int = flag(1000, "classes of a class-to-image model", least=1)
     class_names: str = flag("imagenet", "imagenet, shapes, a list file (.txt, .json), or a folder of class folders")
@@ -82,11 +83,11 @@ def load_transformer(config: PolicyConfig, downsample: int, codebook_size: int) 
     if config.gpt_model is None and read_manifest(config.gpt_ckpt) is None:
         raise ValueError(f"{config.gpt_ckpt}: name its size with --gpt_model (only folders of ours carry a model.json)")
     if config.gpt_model is None:
-        gpt = load_gpt(config.gpt_ckpt)
+        gpt = load_gpt(config.gpt_ckpt, use_ema=config.use_ema)
     else:
-        gpt = load_gpt(config.gpt_ckpt, config.gpt_model, model_type=config.gpt_type, block_size=side ** 2,
-                       vocab_size=codebook_size, num_classes=config.num_classes, cls_token_num=config.cls_token_num,
-                       caption_dim=config.caption_dim)
+        gpt = load_gpt(config.gpt_ckpt, config.gpt_model, config.use_ema, model_type=config.gpt_type,
+                       block_size=side ** 2, vocab_size=codebook_size, num_classes=config.num_classes,
+                       cls_token_num=config.cls_token_num, caption_dim=config.caption_dim)
     if gpt.config.model_type != config.gpt_type:
         raise ValueError(f"{config.gpt_ckpt} is a {gpt.config.model_type} model, but --gpt_type is {config.gpt_type}")
     if gpt.config.grid != (side, side):

@@ -1,15 +1,17 @@
 """Load, check and save the weights of GPTs and VQ tokenizers.
 
-Reads LlamaGen's files (.pt and the like; weights under "model", "module", "state_dict" or bare), .safetensors files,
-AR-GRPO's checkpoint folders (`gpt_model.` is stripped; the reference model and the tokenizer are left out) and our own
-folders (model.safetensors + model.json). Nothing that could run code is ever unpickled. A file must fit the model key
-by key; weights become float32, whatever precision the file has. Optimizer state is the trainer's business.
+Reads LlamaGen's files (.pt and the like; weights under "model", "module", "state_dict", "ema" or bare, also with
+Lightning's "model." before each name), .safetensors files, AR-GRPO's checkpoint folders (`gpt_model.` is stripped; the
+reference model and the tokenizer are left out) and our own folders (model.safetensors + model.json). Nothing that could
+run code is ever unpickled. A file must fit the model key by key, and hold finite numbers; weights become float32,
+whatever precision the file has. Optimizer state is the trainer's business.
 
 Export a GPT to LlamaGen's format (an own folder needs no further flags):
     python -m models.checkpoint SRC DST.pt [--gpt_model GPT-XL --gpt_type t2i --cls_token_num 120 ...]
 """
 import argparse
 import json
+import logging
 import os
 import pickle
 import re
@@ -30,6 +32,8 @@ from models.vq import VQ_SIZES, VQConfig, VQModel
 from utils.config import Parser, one_line_errors
 from utils.files import read_object, refuse_compressed
 
+logger = logging.getLogger(__name__)
+
 
 class Kind(NamedTuple):
     name: str
@@ -47,6 +51,8 @@ KINDS = {
     "vq": Kind("vq", VQConfig, VQModel, VQ_SIZES, "--vq_model", "vq_model.", ("encoder.", "decoder."),
                "quantize.embedding.weight"),
 }
+PARTS = ("model", "module", "state_dict", "ema", "model_ema", "ema_model")  # where a file keeps weights
+AVERAGES = PARTS[3:]
 AR_GRPO_PARTS = ("gpt_model.", "vq_model.", "ref_model.")
 USAGE = "quantize.codebook_used"  # a counter of code usage: no weight, and not in every file
 # Buffers that LlamaGen recomputes; a state dict taken after sampling may hold them.
@@ -60,18 +66,21 @@ DAMAGE = (RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, A
           AssertionError, struct.error)
 
 
-def load_gpt(path: str | Path, name_or_config: str | GPTConfig | None = None, **overrides) -> GPT:
+def load_gpt(path: str | Path, name_or_config: str | GPTConfig | None = None, use_ema: bool = False,
+             **overrides) -> GPT:
     """A GPT in float32 and eval mode. `name_or_config`: a row of GPT_SIZES, a config, or None to read model.json.
+    use_ema: of a file that holds an average of the weights beside them ("ema"), the average.
 
     `overrides` are GPTConfig fields on top of it (block_size, model_type, cls_token_num, ...). The block size leaves no
     trace in the weights, so a wrong one can't be noticed here.
     """
-    return _load(KINDS["gpt"], Path(path), name_or_config, overrides)
+    return _load(KINDS["gpt"], Path(path), name_or_config, overrides, use_ema)
 
 
-def load_vq(path: str | Path, name_or_config: str | VQConfig | None = None, **overrides) -> VQModel:
+def load_vq(path: str | Path, name_or_config: str | VQConfig | None = None, use_ema: bool = False,
+            **overrides) -> VQModel:
     """A VQ tokenizer in float32 and eval mode, also out of an AR-GRPO checkpoint. Arguments as in `load_gpt`."""
-    return _load(KINDS["vq"], Path(path), name_or_config, overrides)
+    return _load(KINDS["vq"], Path(path), name_or_config, overrides, use_ema)
 
 
 def save_model(folder: str | Path, model: GPT | VQModel, dtype: torch.dtype | None = None,
@@ -139,13 +148,13 @@ def _cpu_state(weights: dict[str, Tensor], dtype: torch.dtype | None) -> dict[st
     return state
 
 
-def _load(kind: Kind, path: Path, name_or_config, overrides: dict) -> nn.Module:
+def _load(kind: Kind, path: Path, name_or_config, overrides: dict, use_ema: bool) -> nn.Module:
     files = _weight_files(path)
     config = _resolve_config(kind, path, name_or_config, overrides)
     model = _empty(kind, path, config)
     state = {}
     for file in files:
-        state.update(_read_tensors(file))
+        state.update(_read_tensors(file, use_ema))
     state = _own_part(state, kind, path)
     usage = state.pop(USAGE, None)
     shapes = _shapes(model.state_dict())
@@ -154,6 +163,9 @@ def _load(kind: Kind, path: Path, name_or_config, overrides: dict) -> nn.Module:
     # A copy each: files may hold views of one buffer, and popping frees the file's tensor at once.
     weights = {name: state.pop(name).to(torch.float32, copy=True, memory_format=torch.contiguous_format)
                for name in shapes}
+    if broken := [name for name, tensor in weights.items() if not torch.isfinite(tensor).all()]:
+        raise ValueError(f"{path}: {_listed(broken)} holds NaN or infinite numbers: this model has diverged, or its "
+                         "file is damaged; take another checkpoint")
     if usage_shape is not None:
         fits = usage is not None and tuple(usage.shape) == usage_shape
         weights[USAGE] = usage.float() if fits else torch.zeros(usage_shape)
@@ -238,22 +250,30 @@ def _shards(index: Path) -> list[Path]:
     return [index.parent / name for name in names]
 
 
-def _read_tensors(file: Path) -> dict[str, Tensor]:
-    """The named tensors of one file; everything else in it (steps, optimizer, arguments) is dropped."""
+def _read_tensors(file: Path, use_ema: bool) -> dict[str, Tensor]:
+    """The named tensors of one file; everything else in it (steps, optimizer, arguments) is dropped. Of a file with
+    several sets of weights the first of PARTS, or with use_ema the average, and a line says which."""
     if file.suffix == ".safetensors":
         try:
             return load_file(file)
         except (SafetensorError, *DAMAGE) as error:
             raise ValueError(f"{file} is damaged or no safetensors file: {_first_line(error)}") from None
     data = _unpickle(file)
-    for key in ("model", "module", "state_dict"):
-        if isinstance(data, dict) and isinstance(data.get(key), dict):
-            data = data[key]
-            break
+    held = [key for key in PARTS if isinstance(data, dict) and isinstance(data.get(key), dict)]
+    averages = [key for key in held if key in AVERAGES]
+    if use_ema and not averages:
+        raise ValueError(f"{file} holds no average of its weights (under {' or '.join(AVERAGES)}): leave out --use_ema")
+    if held:
+        taken = averages[0] if use_ema else held[0]
+        if averages and (held != averages or len(averages) > 1):
+            others = ", ".join(key for key in held if key != taken)
+            logger.info("%s holds several sets of weights: took %s, not %s%s", file, taken, others,
+                        "" if use_ema else " (--use_ema takes the average)")
+        data = data[taken]
     entries = data.items() if isinstance(data, dict) else ()
     tensors = {name: value for name, value in entries if isinstance(name, str) and isinstance(value, Tensor)}
     if not tensors:
-        raise ValueError(f"{file} holds no weights, neither bare nor under model, module or state_dict")
+        raise ValueError(f"{file} holds no weights, neither bare nor under {', '.join(PARTS)}")
     return tensors
 
 
@@ -286,6 +306,8 @@ def _own_part(state: dict[str, Tensor], kind: Kind, path: Path) -> dict[str, Ten
         if name in plain:
             raise ValueError(f"{path} holds {name} twice, under different prefixes")
         plain[name] = tensor
+    if kind.marker not in plain and f"model.{kind.marker}" in plain:  # Lightning's: the attribute that held it
+        plain = {name.removeprefix("model."): t for name, t in plain.items() if name.startswith("model.")}
     if any(name.startswith(AR_GRPO_PARTS) for name in plain):
         others = tuple(part for part in AR_GRPO_PARTS if part != kind.prefix)
         plain = {name.removeprefix(kind.prefix): t for name, t in plain.items() if not name.startswith(others)}

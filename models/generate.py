@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from models.decoder import Decoder, rows_that_fit
-from models.gpt import GPT, KVCache, prefix_mask
+from models.gpt import GPT, KVCache, as_mask, prefix_mask
 from models.graphs import StepGraphs
 from utils.config import check_flags, flag
 from utils.gpu import free_bytes
@@ -114,10 +114,12 @@ def row_uniforms(seeds, length: int) -> Tensor:
 def draw(log_probs: Tensor, uniforms: Tensor) -> Tensor:
     """Inverse-CDF sampling: the first token whose cumulative probability exceeds u. [n, V], [n] -> int64 [n].
 
-    In float64, where u * total < total always holds, so a token of probability zero is never drawn.
+    In float64, where u * total < total always holds, so a token of probability zero is never drawn. Where there are no
+    probabilities (NaN), the last token is; its log-probability tells.
     """
     cdf = log_probs.double().exp().cumsum(-1)
-    return torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    token = torch.searchsorted(cdf, (uniforms * cdf[:, -1])[:, None], right=True).squeeze(-1)
+    return token.clamp(max=cdf.shape[-1] - 1)
 
 
 @contextmanager
@@ -300,7 +302,7 @@ def generate(gpt: GPT, condition: Tensor, sampling: SamplingConfig, condition_ma
     alone, not on its batch neighbours. None draws fresh seeds from torch's global generator.
     engine: keeps a GPU's buffers and graphs for the next call. Under autocast, matrix products are in its dtype.
     """
-    num_rows, dtype = len(condition) * num_generations, compute_dtype(gpt)
+    num_rows, dtype, condition_mask = len(condition) * num_generations, compute_dtype(gpt), as_mask(condition_mask)
     if seeds is None:
         seeds = torch.randint(2 ** 62, (num_rows,))
     if len(seeds) != num_rows:

@@ -280,6 +280,7 @@ class GPT(nn.Module):
                              f"got {tokens.shape[1]}")
         prefix = self.cls_embedding(condition)  # [N, T, D]
         x = torch.cat([prefix, self.tok_embeddings(tokens)], dim=1)  # [N, T + l, D]
+        condition_mask = as_mask(condition_mask)
         mask = None if condition_mask is None else prefix_mask(condition_mask, x.shape[1])
         return self.forward_hidden(self.tok_dropout(x), 0, mask)[:, prefix.shape[1] - 1:]
 
@@ -292,9 +293,20 @@ class GPT(nn.Module):
         return self.output(self.hidden(condition, tokens, condition_mask)).float()
 
 
+def as_mask(condition_mask: Tensor | None) -> Tensor | None:
+    """bool, also from the 0 and 1 that tokenizers give; ValueError for other numbers."""
+    if condition_mask is None or condition_mask.dtype == torch.bool:
+        return condition_mask
+    if condition_mask.is_floating_point() or ((condition_mask != 0) & (condition_mask != 1)).any():
+        low, high = condition_mask.min().item(), condition_mask.max().item()
+        raise ValueError("condition_mask must be bool, or whole numbers 0 and 1 (1: a real slot), got "
+                         f"{condition_mask.dtype} from {low:g} to {high:g}")
+    return condition_mask.bool()
+
+
 def prefix_mask(condition_mask: Tensor, length: int) -> Tensor:
     """Causal attention that skips padded caption slots, except that each position sees itself: bool [N, 1, S, S]."""
     causal = torch.ones(length, length, dtype=torch.bool, device=condition_mask.device).tril()
-    columns = F.pad(condition_mask.bool(), (0, length - condition_mask.shape[1]), value=True)  # [N, S]
+    columns = F.pad(condition_mask, (0, length - condition_mask.shape[1]), value=True)  # [N, S]
     diagonal = torch.eye(length, dtype=torch.bool, device=condition_mask.device)
     return ((causal & columns[:, None]) | diagonal)[:, None]

@@ -30,7 +30,7 @@ from torch.distributed.run import main as torchrun
 
 STATUS_VARIABLE = "ARGRPO_STATUS_DIR"
 LAUNCHER_VARIABLE = "ARGRPO_LAUNCHER_PID"  # a process whose parent is another one has been orphaned
-STOPS = (signal.SIGTERM, signal.SIGUSR1)
+STOPS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 HUNG = "hung until torchrun killed it"
 STOP_CODES = tuple(128 + signum for signum in STOPS)
 SIGNALS = {int(signum): signum.name for signum in signal.Signals}
@@ -69,7 +69,7 @@ class Stopped(SystemExit):
 
 
 class Forwarder:
-    """Passes SIGTERM and SIGUSR1 on to the processes, and leaves torchrun once they have ended."""
+    """Passes SIGTERM, SIGUSR1 and Ctrl-C on to the processes, and leaves torchrun once they have ended."""
 
     def __init__(self):
         self.signum: int | None = None  # the first one that came
@@ -164,7 +164,7 @@ def main(words: list[str]) -> int:
         os.environ[LAUNCHER_VARIABLE] = str(os.getpid())
         forwarder, failures = Forwarder(), {}
         try:
-            torchrun(["--signals_to_handle", "SIGINT,SIGHUP,SIGQUIT", *words])
+            torchrun(["--signals_to_handle", "SIGHUP,SIGQUIT", *words])
             return 0
         except ChildFailedError as error:
             forwarder.finish()

@@ -184,7 +184,7 @@ def test_a_training_state_that_would_run_code(fails, trains, tmp_path):
 def test_a_file_in_the_way_of_the_output_folder(fails, tmp_path):
     (tmp_path / "out").write_text("a file")
     error = fails()
-    assert f"cannot write to the run folder {tmp_path / 'out' / 'run'}" in error and "--output_dir" in error
+    assert f"cannot write to the folder {tmp_path / 'out' / 'run'}" in error and "--output_dir" in error
 
 
 def test_a_changed_configuration(fails, trains):

@@ -298,7 +298,7 @@ HOSTILE_IMAGES = {
     "frames gif": (saved("GIF", 50), "not a readable"), "tiff": (saved("TIFF", 5), "not a readable"),
     "eps": (saved("EPS"), "not a readable"), "ico": (saved("ICO"), "not a readable"),
     "webp frames": (saved("WEBP", 5, lossless=True), "animation of 5 pictures"),
-    "apng": (saved("PNG", 5), "animation"), "deep": (saved("PNG", mode="I;16"), "mode I;16"),
+    "apng": (saved("PNG", 5), "animation"),
     "text bomb": (saved("PNG")[:33] + chunk(b"zTXt", b"k\0\0" + zlib.compress(b"x" * (8 << 20))) + saved("PNG")[33:],
                   "not a readable"),
 }

@@ -3,7 +3,8 @@
 What stands above this room (the trainer, the benchmarks) is handed in by the scripts.
 """
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -24,6 +25,7 @@ from trainer_utils.grpo_config import GRPOConfig
 from trainer_utils.run_folder import RunFolder
 from utils import distributed
 from utils.config import changeable, check_flags, defaults_of, flag, resolved
+from utils.lock import only_one
 
 
 @dataclass(frozen=True)
@@ -89,30 +91,41 @@ def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], 
     add_adapters(policy.gpt, adapters)
     if policy.text_encoder is not None:
         policy.text_encoder.offload = run_config.offload
-    run = None
-    if distributed.is_main() and not run_config.dry_run:
-        settings = resolved(*configs) | {"num_processes": distributed.world_size(),
-                                         "images_per_update": grpo.images_per_update * distributed.world_size()}
-        kinds = [type(config) for config in configs]
-        run = RunFolder(Path(run_config.output_dir) / run_config.run_name, settings, run_config.report_to,
-                        changeable(*kinds) | {"num_processes"}, defaults_of(*kinds))
     wants_statistics = run_config.image_statistics == "shapes" and distributed.is_main()
     try:
-        trainer(tiny(grpo) if run_config.dry_run else grpo, policy, (train_conditions, reward_set),
-                (eval_conditions, eval_rewards), run,
-                lambda folder, weights: save_policy(folder, policy, policy_config, weights),
-                shapes_statistics(policy_config.gpt_type) if wants_statistics else None).train()
+        with run_folder(run_config, configs) as run:
+            trainer(tiny(grpo) if run_config.dry_run else grpo, policy, (train_conditions, reward_set),
+                    (eval_conditions, eval_rewards), run,
+                    lambda folder, weights: save_policy(folder, policy, policy_config, weights),
+                    shapes_statistics(policy_config.gpt_type) if wants_statistics else None).train()
     except SystemExit:  # preempted: every process is here
         distributed.shutdown()
         raise
-    finally:
-        if run:
-            run.close()
     told = []
     if run_config.dry_run and distributed.is_main():
         told = [*plan_lines(configs[: len(CONFIGS)], policy), "dry run: one tiny step passed, nothing was written"]
     distributed.shutdown()
     return told
+
+
+@contextmanager
+def run_folder(run_config: RunConfig, configs: tuple) -> Iterator[RunFolder | None]:
+    """The run's folder, for this process alone; None in a dry run and in processes other than the first."""
+    if run_config.dry_run or not distributed.is_main():
+        yield None
+        return
+    grpo, kinds = next(config for config in configs if isinstance(config, GRPOConfig)), [type(one) for one in configs]
+    settings = resolved(*configs) | {"num_processes": distributed.world_size(),
+                                     "images_per_update": grpo.images_per_update * distributed.world_size()}
+    path = Path(run_config.output_dir) / run_config.run_name
+    with only_one(path, f"the run {path}", "wait for its end, or give another --run_name",
+                  "choose another --output_dir"):
+        run = RunFolder(path, settings, run_config.report_to, changeable(*kinds) | {"num_processes"},
+                        defaults_of(*kinds))
+        try:
+            yield run
+        finally:
+            run.close()
 
 
 def tiny(config: GRPOConfig) -> GRPOConfig:

@@ -59,6 +59,8 @@ class GRPOConfig:
     max_logp_gap: float = flag(0.1, "nats between sampler and trainer that stop the run: they disagree on the policy",
                                resume=True)
     max_reward_failures: float = flag(0.5, "share of a step's images without a reward that stops the run", resume=True)
+    max_constant_steps: int = flag(5, "steps in a row whose rewards are equal in every group that end the run, as "
+                                   "nothing is learned from them; 0: never", least=0, resume=True)
     max_bad_updates: int = flag(5, "updates in a row with a non-finite gradient that on_divergence answers", least=1,
                                 resume=True)
     max_kl: float | None = flag(None, "KL to the starting model, nats a token, above which on_divergence answers",

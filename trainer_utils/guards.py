@@ -1,9 +1,13 @@
 """What ends a step badly, and signals that ask a run to stop. What follows each is a flag; README lists them."""
+import logging
 import math
 import signal
 import threading
+import time
 
 from trainer_utils.grpo_config import GRPOConfig
+
+logger = logging.getLogger(__name__)
 
 
 class TrainingStopped(ValueError):
@@ -27,13 +31,16 @@ def divergence(numbers: dict[str, float], bad_updates: int, config: GRPOConfig) 
 
 
 class Interruption:
-    """Context in which SIGTERM and SIGUSR1 (a scheduler's preemption) are only noted, so that a step can be finished
-    and saved. 128 + the signal's number is the exit code that shells and schedulers know."""
+    """Context in which SIGTERM, SIGUSR1 (a scheduler's preemption) and Ctrl-C are only noted, so that a step can be
+    finished and saved. 128 + the signal's number is the exit code that shells and schedulers know. A second Ctrl-C ends
+    the process at once; a terminal and a launcher may both pass on one and the same."""
 
-    SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+    SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
+    SAME_SEC = 1.0  # signals closer together are one
 
     def __init__(self):
         self.received = 0  # the signal's number
+        self.since = 0.0
 
     def __enter__(self):
         self.before = {}
@@ -42,7 +49,13 @@ class Interruption:
         return self
 
     def note(self, number: int, frame) -> None:
-        self.received = number
+        now, first = time.monotonic(), self.received != number
+        if number == signal.SIGINT and not first and now - self.since > self.SAME_SEC:
+            raise KeyboardInterrupt
+        if first:
+            self.received, self.since = number, now
+            if number == signal.SIGINT:
+                logger.warning("Ctrl-C: this step is finished and saved first; once more ends at once")
 
     def __exit__(self, *error):
         for number, handler in self.before.items():

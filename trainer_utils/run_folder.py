@@ -22,6 +22,7 @@ from collections.abc import Callable, Collection
 from pathlib import Path
 
 from utils.atomic import TEMPORARY, atomic_write_bytes, atomic_write_text, fsync
+from utils.config import same_setting
 from utils.files import inside, parse_json, read_text
 
 logger = logging.getLogger(__name__)
@@ -205,7 +206,7 @@ class RunFolder:
         changes = [
             f"{key}: {_shown(stored, key)} -> {_shown(config, key)}"
             for key in sorted(stored.keys() | config.keys())
-            if key not in may_change and key not in resized and _shown(stored, key) != _shown(config, key)
+            if key not in may_change and key not in resized and not same_setting(stored.get(key), config.get(key))
         ]
         if changes:
             raise ValueError(

@@ -26,3 +26,9 @@ def token_hamming(tokens: Tensor, group: int) -> Tensor:
     groups = tokens.unflatten(0, (-1, group))  # [P, G, L]
     differ = (groups[:, :, None] != groups[:, None]).float().mean(dim=(0, 3))  # [G, G]
     return differ.sum() / max(1, group * (group - 1))
+
+
+def without_spread(rewards: Tensor) -> Tensor:
+    """rewards float [P, G] -> bool [P]: groups whose rewards are all the same, to rounding; failed ones (NaN) aside."""
+    low, high = rewards.nan_to_num(torch.inf).amin(dim=1), rewards.nan_to_num(-torch.inf).amax(dim=1)
+    return high - low <= 1e-6 * torch.maximum(low.abs(), high.abs()).clamp(min=1.0, max=1e30)

@@ -25,7 +25,8 @@ from typing import Any, Literal, NamedTuple, Union, get_args, get_origin, get_ty
 
 from utils.files import compose_yaml, one_line, yaml_value
 
-CONFIG_DIR = Path(__file__).resolve().parent.parent / "configs"
+PROJECT = Path(__file__).resolve().parent.parent
+CONFIG_DIR = PROJECT / "configs"
 DEBUG_VARIABLE = "ARGRPO_DEBUG"
 STATUS_VARIABLE = "ARGRPO_STATUS_DIR"  # where scripts/run_workers.py looks for each process's error
 INTERRUPTED = "stopped by Ctrl-C: what is finished is kept, the same command goes on from there"
@@ -118,10 +119,32 @@ def parse_args(dataclass_types: tuple[type, ...], argv: list[str] | None = None,
             values[name] = _convert_at(f"flag --{name}", words, options[name].kind)
         stored = defaults(values) if defaults is not None else {}
         for name in options.keys() & stored.keys() - values.keys():
-            values[name] = _convert_at(f"stored setting {name!r}", stored[name], options[name].kind)
+            values[name] = from_project(_convert_at(f"stored setting {name!r}", stored[name], options[name].kind))
         return tuple(_build(cls, options, values) for cls in dataclass_types)
     except ValueError as error:
         parser.error(str(error))
+
+
+def from_project(value):
+    """A preset's or checkpoint's relative path counts from the project's folder; other values are as they are.
+
+    In that folder itself paths stay as they are written, and so does what is no path there, such as a hub's name.
+    """
+    if isinstance(value, list):
+        return [from_project(item) for item in value]
+    if not isinstance(value, str) or Path.cwd() == PROJECT or "/" not in value or Path(value).is_absolute():
+        return value
+    known = (PROJECT / value).exists() or value.startswith("pretrained_models/")
+    return str(PROJECT / value) if known else value
+
+
+def same_setting(first, second) -> bool:
+    """Whether two settings are equal, paths counted from the project's folder."""
+    if isinstance(first, list) and isinstance(second, list) and len(first) == len(second):
+        return all(map(same_setting, first, second))
+    if isinstance(first, str) and isinstance(second, str) and "/" in first + second:
+        return os.path.join(PROJECT, first) == os.path.join(PROJECT, second)
+    return first == second
 
 
 def key_names(*dataclass_types: type) -> set[str]:
@@ -304,7 +327,8 @@ def _read_preset(name_or_path: str, options: dict[str, _Option], ignored_keys: C
             raise ValueError(f"{path} line {line}: unknown key {key!r}{_closest(key, [*names, *ignored_keys])}")
         if names[key] in values:
             raise ValueError(f"{path} line {line}: {names[key]!r} is given twice")
-        values[names[key]] = _convert_at(f"{path} line {line}, key {key!r}", value, options[names[key]].kind)
+        converted = _convert_at(f"{path} line {line}, key {key!r}", value, options[names[key]].kind)
+        values[names[key]] = from_project(converted)
     return values
 
 

@@ -5,7 +5,7 @@ folder of PNG, JPEG or WebP files.
     for batch in read_batches(path, 256):      # batch.images: uint8 [n, H, W, 3]
 
 Only one batch is in memory; several processes take shares that don't overlap. Left out: folders inside the folder,
-arrays in Fortran order, pixels deeper than 8 bits.
+arrays in Fortran order. CMYK becomes RGB, 16 bits of grey become 8.
 """
 import math
 import os
@@ -27,7 +27,8 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 # Only these decoders are ever tried, whatever a file is called: PIL has one that starts Ghostscript (EPS), and many
 # that few have looked at.
 FORMATS = ("PNG", "JPEG", "WEBP")
-COLOURS = ("RGB", "RGBA", "L", "LA", "P", "1")
+COLOURS = ("RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "YCCK", "I;16", "I;16B", "I;16L", "I")
+DEEP = ("I;16", "I;16B", "I;16L", "I")  # 16 bits of grey
 MAX_PIXELS = 100_000_000  # a small file can claim far more memory than it brings
 LIMIT_VARIABLE = "ARGRPO_MAX_PIXELS"  # in its place, for all that reads images; Pillow itself stops at 178,956,970
 MAX_ASPECT = 100  # a line of pixels, resized by its short side, would be far larger than the file's picture
@@ -76,10 +77,15 @@ def read_image(source, name: str | Path, limit: int | None = None, formats: tupl
         with Image.open(source, formats=formats) as file:
             check_size(file.width, file.height, name, limit)  # nothing is decompressed yet
             if file.mode not in modes:
-                raise Refused(f"{name}: pixels of mode {file.mode}, wanted 8-bit colours ({', '.join(modes)})")
+                raise Refused(f"{name}: pixels of mode {file.mode}, wanted colours or grey ({', '.join(modes)})")
             # MPO: a phone's photograph, whose further pictures are its depth or preview
             if getattr(file, "n_frames", 1) > 1 and file.format != "MPO":
                 raise Refused(f"{name}: an animation of {file.n_frames} pictures, wanted one")
+            if file.mode in DEEP:
+                levels = np.asarray(file).astype(np.int64)
+                if levels.min() < 0 or levels.max() > 65535:
+                    raise Refused(f"{name}: grey levels from {levels.min()} to {levels.max()}, wanted at most 16 bits")
+                return np.repeat(((levels + 128) // 257).astype(np.uint8)[..., None], 3, axis=2)  # 65535 / 255 = 257
             return np.asarray(file.convert("RGB"))
     except Refused:
         raise

@@ -9,6 +9,7 @@ from dataset.labels import class_conditions, imagenet_names, load_class_names
 from dataset.prepare_coco import main as prepare_coco
 from dataset.prompts import load_prompts
 from dataset.sampler import PromptSampler, row_seed, row_seeds, shard
+from utils.config import one_line_errors
 
 GENEVAL = {"tag": "counting", "include": [{"class": "cup", "count": 2}], "exclude": [{"class": "cup", "count": 3}],
            "prompt": "a photo of two cups"}
@@ -231,7 +232,7 @@ def test_prepare_coco_errors_leave_the_target_alone(tmp_path, capsys):
     for source, message in ((coco(tmp_path), "20 images"), (tmp_path / "gone.json", "cannot be read"),
                             (write(tmp_path / "i.json", {"annotations": [{"image_id": 1, "bbox": []}]}),
                              "annotation 1"), (write(tmp_path / "l.json", []), "annotations")):
-        with pytest.raises(SystemExit) as error:
+        with pytest.raises(SystemExit) as error, one_line_errors():
             prepare_coco([str(source), str(target), "--num", "21"])
         assert error.value.code == 2 and message in capsys.readouterr().err
     assert target.read_text() == "old"

@@ -82,4 +82,6 @@ def flips(lab: Lab, count: int, rng: random.Random) -> Iterator[Trial]:
 
 
 def settings(content: bytes) -> dict:
-    return {key: value for key, value in json.loads(content).items() if key not in changeable(*CONFIGS)}
+    """What must be equal; null under whatever name is what an absent setting is."""
+    return {key: value for key, value in json.loads(content).items()
+            if key not in changeable(*CONFIGS) and value is not None}

@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from models.checkpoint import export_llamagen, load_gpt, load_vq, main, read_manifest, save_model
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.vq import VQ_SIZES, VQConfig, VQModel
+from utils.config import one_line_errors
 
 SIZE = dict(dim=16, n_layer=2, n_head=2)
 FIELDS = dict(multiple_of=8, vocab_size=11, block_size=6, grid_size=(2, 3), num_classes=5)
@@ -202,7 +203,7 @@ def test_export_round_trip_by_command_line(tmp_path, config, capsys):
     assert stored.keys() == {"model"} and stored["model"].keys() == model.state_dict().keys()
     assert_same_weights(load_gpt(tmp_path / "out" / "llamagen.pt", config), model)
     assert os.listdir(tmp_path / "out") == ["llamagen.pt"]
-    with pytest.raises(SystemExit) as error:
+    with pytest.raises(SystemExit) as error, one_line_errors():
         main([str(tmp_path / "out" / "llamagen.pt"), str(tmp_path / "again.pt")])
     assert error.value.code == 2 and "--gpt_model" in capsys.readouterr().err
 
@@ -319,3 +320,44 @@ def test_damaged_safetensors(tmp_path, gpt):
     for content in (whole[:len(whole) // 2], whole[:5], b"", b"x" * 100):
         path.write_bytes(content)
         assert "cut.safetensors" in error_of(load_gpt, path, C2I)
+
+
+# ---- several sets of weights, other prefixes, numbers that are none --------------------------------------------------
+
+@pytest.mark.parametrize("use_ema,taken", ((False, "model"), (True, "ema")))
+def test_a_file_with_an_average_says_which_weights_it_gave(tmp_path, gpt, caplog, use_ema, taken):
+    average = filled(GPT(C2I))
+    with torch.no_grad():
+        average.norm.weight.mul_(3)
+    torch.save({"model": gpt.state_dict(), "ema": average.state_dict(), "steps": 7}, tmp_path / "both.pt")
+    with caplog.at_level("INFO"):
+        loaded = load_gpt(tmp_path / "both.pt", C2I, use_ema=use_ema)
+    assert_same_weights(loaded, average if use_ema else gpt)
+    assert f"took {taken}, not" in caplog.text and ("--use_ema" in caplog.text) == (not use_ema)
+
+
+def test_an_average_alone_is_read_in_silence(tmp_path, gpt, caplog):
+    torch.save({"ema": gpt.state_dict()}, tmp_path / "ema.pt")
+    with caplog.at_level("INFO"):
+        for use_ema in (False, True):
+            assert_same_weights(load_gpt(tmp_path / "ema.pt", C2I, use_ema=use_ema), gpt)
+    assert not caplog.records
+    torch.save({"model": gpt.state_dict()}, tmp_path / "plain.pt")
+    assert "leave out --use_ema" in error_of(load_gpt, tmp_path / "plain.pt", C2I, use_ema=True)
+
+
+def test_lightnings_prefix_is_taken_off(tmp_path, gpt):
+    state = prefixed(gpt.state_dict(), "model.") | {"loss.weight": torch.ones(2)}
+    torch.save({"state_dict": state, "pytorch-lightning_version": "2.6"}, tmp_path / "lightning.ckpt")
+    assert_same_weights(load_gpt(tmp_path / "lightning.ckpt", C2I), gpt)
+
+
+@pytest.mark.parametrize("value", (float("nan"), float("inf")))
+def test_numbers_that_are_none_are_refused_by_name(tmp_path, gpt, vq, value):
+    for model, load, config, name in ((gpt, load_gpt, C2I, "layers.1.feed_forward.w2.weight"),
+                                      (vq, load_vq, VQ, "decoder.conv_in.bias")):
+        state = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+        state[name].view(-1)[-1] = value
+        torch.save({"model": state}, tmp_path / "broken.pt")
+        message = error_of(load, tmp_path / "broken.pt", config)
+        assert name in message and "broken.pt" in message and "NaN" in message

@@ -134,3 +134,22 @@ def test_policy_decodes_non_square_grids_to_uint8():
     with pytest.raises(ValueError, match="class ids from 0 to 4, got 5"):
         policy.encode([Condition])
     assert vq.encode(torch.zeros(1, 3, 4, 10)).shape == (1, 2, 5)
+
+
+@pytest.mark.parametrize("dtype", (torch.int64, torch.uint8))
+def test_masks_of_whole_numbers_are_taken_as_tokenizers_give_them(dtype):
+    gpt, (condition, mask) = tiny_gpt("t2i"), tiny_condition("t2i")
+    sampling = SamplingConfig(cfg_scale=2.0)
+    plain, given = (generate(gpt, condition, sampling, part, range(3)) for part in (mask, mask.to(dtype)))
+    assert torch.equal(plain.tokens, given.tokens)
+    scorer = Scorer(gpt, sampling).eval()
+    assert torch.equal(scorer(condition, plain.tokens, mask)[0], scorer(condition, plain.tokens, mask.to(dtype))[0])
+    assert torch.equal(gpt(condition, plain.tokens[:, :2], mask), gpt(condition, plain.tokens[:, :2], mask.to(dtype)))
+
+
+def test_other_masks_are_refused_in_one_line():
+    gpt, (condition, mask) = tiny_gpt("t2i"), tiny_condition("t2i")
+    for wrong in (mask.float(), mask.long() * 2):
+        with pytest.raises(ValueError, match="condition_mask must be bool, or whole numbers 0 and 1") as error:
+            generate(gpt, condition, SamplingConfig(), wrong, range(3))
+        assert "\n" not in str(error.value)

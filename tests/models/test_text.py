@@ -6,6 +6,7 @@ from safetensors.torch import load_file, save_file
 from dataset import encode_prompts
 from models import text
 from models.text import TextEncoder, clean_caption, left_pad, make_tiny_t5
+from utils.config import one_line_errors
 
 PROMPTS = ["a photo of a red star", "a photo of two circles", "a square left of a star", "circles"]
 LENGTHS = [7, 6, 7, 2]  # tokens with </s>
@@ -248,6 +249,6 @@ def test_tiny_t5_is_small_seeded_and_encoder_only(folder, tmp_path):
 
 
 def test_cli_reports_bad_prompts_in_one_line(folder, tmp_path, capsys):
-    with pytest.raises(SystemExit) as stop:
+    with pytest.raises(SystemExit) as stop, one_line_errors():
         encode_prompts.main(["--prompts", str(tmp_path / "p.csv"), "--encoder", str(folder), "--output", "x"])
     assert stop.value.code == 2 and capsys.readouterr().err.startswith("error: ")

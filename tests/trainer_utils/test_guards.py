@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 import grpo_trainer
 from grpo_trainer import GRPOConfig, TrainingStopped
-from tests.tiny_world import make_trainer, weights
+from img_gen_grpo_rewards import REWARDS
+from tests.tiny_world import Brightness, make_trainer, weights
 from trainer_utils import checkpoints as training_state
-from trainer_utils.guards import divergence
+from trainer_utils.guards import Interruption, divergence
 
 NAN = float("nan")
 FULL_DISK = OSError(28, "No space left on device")
@@ -158,7 +159,7 @@ def test_numbers_that_count_as_diverged():
         GRPOConfig(max_kl=0.5, beta=0.0)
 
 
-@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1))
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT))
 def test_a_signal_saves_after_the_step_and_the_run_continues(world, tmp_path, number):
     whole = make_trainer(world, tmp_path / "whole", exit_step=5)
     whole.train()
@@ -173,6 +174,53 @@ def test_a_signal_saves_after_the_step_and_the_run_continues(world, tmp_path, nu
     make_trainer(world, tmp_path / "run", exit_step=5).train()
     first, second = (tmp_path / name / "checkpoint-5" / "model.safetensors" for name in ("run", "whole"))
     assert first.read_bytes() == second.read_bytes() and steps(tmp_path / "run") == [1, 2, 3, 4, 5]
+
+
+def test_a_second_ctrl_c_ends_at_once(monkeypatch):
+    """One that a terminal and a launcher both pass on is still one."""
+    with Interruption() as interruption:
+        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGINT)
+        assert interruption.received == signal.SIGINT
+        monkeypatch.setattr(Interruption, "SAME_SEC", 0.0)
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.mark.parametrize("rewards,options,what", (
+    (("brightness", "brightness2"), dict(weights=[0.0, 0.0]), "every weight in --reward_weights is 0"),
+    (("always",), dict(), "always is 0.2 for every image of a group")))
+def test_rewards_that_say_the_same_of_all_end_the_run(world, tmp_path, monkeypatch, caplog, rewards, options, what):
+    class Always(Brightness):
+        def score(self, names, images, prompts, metadata):
+            return {name: torch.full((len(images),), 0.2) for name in names}
+
+    monkeypatch.setitem(REWARDS, "always", Always)
+    monkeypatch.setitem(REWARDS, "brightness2", Always)
+    trainer = make_trainer(world, tmp_path, rewards=rewards, exit_step=9, max_constant_steps=3, **options)
+    with caplog.at_level("WARNING"), pytest.raises(TrainingStopped, match=f"3 steps in a row.*{what}"):
+        trainer.train()
+    assert caplog.text.count("teaches nothing") == 1 and what in caplog.text
+    assert [line["zero_spread_share"] for line in lines(tmp_path)] == [1.0, 1.0]
+    assert [event["action"] for event in lines(tmp_path, "events.jsonl")] == ["continue", "stop"]
+
+
+def test_one_group_with_spread_is_enough(world, tmp_path):
+    trainer = make_trainer(world, tmp_path, exit_step=3, max_constant_steps=1)
+    trainer.train()
+    assert all(line["zero_spread_share"] < 1 for line in lines(tmp_path))
+
+
+@pytest.mark.parametrize("damage,event", (
+    (lambda gpt: gpt.output.weight.fill_(torch.nan), "non_finite_logits"),
+    (lambda gpt: gpt.output.weight.mul_(1e30), "certain_tokens")))
+def test_logits_that_overflowed_end_the_run(world, tmp_path, damage, event):
+    trainer = make_trainer(world, tmp_path, exit_step=3)
+    with torch.no_grad():
+        damage(trainer.scorer.gpt)
+    with pytest.raises(TrainingStopped, match="step 1: .*--cfg_scale 1, --temperature 1 and the weights"):
+        trainer.train()
+    assert [line["event"] for line in lines(tmp_path, "events.jsonl")] == [event]
 
 
 def test_background_checkpoints_hold_the_moment_of_their_step(world, tmp_path):

@@ -281,3 +281,17 @@ def test_help_keeps_the_lines_of_the_description_and_names_groups(capsys):
     text = capsys.readouterr().out
     assert "    an example\n    another" in text and "The objective and the training loop:" in text
     assert "--scale_rewards group|batch|none" in text and "default: 8)" in text
+
+
+def test_relative_paths_of_presets_count_from_the_project(tmp_path, monkeypatch):
+    """Those of flags count from the current folder."""
+    weights = "models/pretrained/shapes/vq"
+    monkeypatch.chdir(config.PROJECT)
+    assert config.from_project(weights) == weights
+    monkeypatch.chdir(tmp_path)
+    assert config.from_project([weights, "shapes"]) == [str(config.PROJECT / weights), "shapes"]
+    assert config.from_project("pretrained_models/c2i.pt") == str(config.PROJECT / "pretrained_models/c2i.pt")
+    assert config.from_project("google/flan-t5-xl") == "google/flan-t5-xl"
+    parsed = parse_args(CONFIGS, ["--config", "c2i_shapes", "--gpt_ckpt", "mine/gpt"])
+    assert parsed[1].vq_ckpt == str(config.PROJECT / weights) and parsed[1].gpt_ckpt == "mine/gpt"
+    assert config.same_setting(weights, str(config.PROJECT / weights)) and not config.same_setting("a/b", "a/c")
