@@ -1,4 +1,4 @@
-"""What ends a step badly, and signals that ask a run to stop. What follows each is a flag; README lists them."""
+"""What ends a step badly, and signals that ask a run to stop. What follows each is a flag: docs/distributed.md."""
 import logging
 import math
 import signal

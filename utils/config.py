@@ -250,16 +250,31 @@ def _build_parser(options: dict[str, _Option], description: str) -> Parser:
     return parser
 
 
+def described(cls: type) -> tuple[str, list[tuple[str, str, str, bool, str]]]:
+    """(title, [(flags, values, default, whether it may change on resume, help), ...]) of a configuration, in words."""
+    rows = []
+    for option in _options((cls,)).values():
+        flags = ", ".join(f"`--{name}`" for name in (option.name, *option.aliases))
+        default = "required" if _is_required(option.field) else _shown_default(option.field)
+        rows.append((flags, _metavar(_without_none(option.kind)[0]), default,
+                     bool(option.field.metadata.get("resume")), option.field.metadata.get("help", "")))
+    return _title(cls), rows
+
+
 def _help(field: dataclasses.Field) -> str:
     text = field.metadata.get("help", "")
     if _is_required(field):
         return f"{text} (required)".replace("%", "%%")
     if field.metadata.get("secret"):  # its default comes from the environment
         return text.replace("%", "%%")
-    default = _default(field)
-    shown = "none" if default is None or default == [] else " ".join(map(str, default)) if isinstance(
-        default, (list, tuple)) else default
-    return f"{text} (default: {shown})".replace("%", "%%")
+    return f"{text} (default: {_shown_default(field)})".replace("%", "%%")
+
+
+def _shown_default(field: dataclasses.Field) -> str:
+    default = None if field.metadata.get("secret") else _default(field)
+    if default is None or default == []:
+        return "none"
+    return " ".join(map(str, default)) if isinstance(default, (list, tuple)) else str(default)
 
 
 def _title(cls: type) -> str:
