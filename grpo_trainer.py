@@ -30,6 +30,7 @@ from trainer_utils.objective import aggregate_advantages, group_advantages, grpo
 from trainer_utils.optimizer import build_optimizer, learning_rate
 from trainer_utils.reference import Reference, distribute
 from trainer_utils.report import write_report
+from trainer_utils.rollout import Samples, sample_and_score
 from trainer_utils.statistics import nan_std, without_spread
 from utils import distributed
 
@@ -144,7 +145,7 @@ class GRPOTrainer:
     # -------------------------------------------------------------------------------------------- one step
 
     @contextmanager
-    def whole_weights(self):
+    def gathered_weights(self):
         """What rollouts need; with sharding nothing else may hold them, the engine's copies neither."""
         with distributed.gathered(self.model):
             yield
@@ -159,8 +160,8 @@ class GRPOTrainer:
         chosen = self.sampler.after(self.checkpoints.position, num_prompts)
         conditions = [self.conditions[chosen[position]] for position in positions]
         seeds = row_seeds(config.data_seed + NEW_SEED * self.checkpoints.attempt, step, positions, group)
-        with self.whole_weights():  # gathered once, however many parts the rollout has
-            samples = self.policy.sample_and_score(conditions, seeds, group, self.reward_set,
+        with self.gathered_weights():  # gathered once, however many parts the rollout has
+            samples = sample_and_score(self.policy, conditions, seeds, group, self.reward_set,
                                                    config.rollout_batch_size, metrics.timed)
 
         self.check_distribution(samples, step)
@@ -186,7 +187,7 @@ class GRPOTrainer:
         own = advantages[self.rank::self.world_size].flatten()  # [N]
         return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
 
-    def check_distribution(self, samples, step: int) -> None:
+    def check_distribution(self, samples: Samples, step: int) -> None:
         """Logits that overflowed draw tokens without complaint, and every other number looks healthy."""
         finite = samples.logps.isfinite().all() & samples.entropies.isfinite().all()
         for event, bad, what in (("non_finite_logits", ~finite, "the logits of sampled tokens are not finite"),
@@ -271,8 +272,8 @@ class GRPOTrainer:
         if self.eval_set is None:
             return {}
         (conditions, reward_set), group = self.eval_set, self.config.eval_generations
-        seeds = row_seeds(self.config.data_seed, EVAL_STEP, evaluation.own_positions(len(conditions)), group)
-        with self.whole_weights():
+        seeds = row_seeds(self.config.data_seed, EVAL_STEP, evaluation.positions_of_rank(len(conditions)), group)
+        with self.gathered_weights():
             numbers, images, scores = evaluation.evaluate(self.policy, reward_set, conditions, seeds, group,
                                                           self.config.rollout_batch_size, step)
         asked = [condition for condition in conditions for _ in range(group)]
@@ -297,13 +298,13 @@ class GRPOTrainer:
                      "zero_spread_share": flat.float().mean(),
                      **{f"rewards/{name}": one.nanmean() for name, one in by_name.items()},
                      **{f"failures/{name}": one.isnan().sum() for name, one in by_name.items()}})
-        if told := distributed.failure_report(by_name, failures):
-            logger.warning("step %d: %s", step, told)
+        if reason := distributed.failure_report(by_name, failures):
+            logger.warning("step %d: %s", step, reason)
         if failed > self.config.max_reward_failures:
             self.checkpoints.save(step, last=True)
             self.checkpoints.stop("reward_failures", step, (
                 f"step {step}: {failed:.0%} of the images have no reward, above --max_reward_failures "
-                f"{self.config.max_reward_failures}: {told}; saved checkpoint-{step}"))
+                f"{self.config.max_reward_failures}: {reason}; saved checkpoint-{step}"))
         self.watch_constant_rewards(by_name, bool(flat.all()), step)
 
     def watch_constant_rewards(self, by_name: dict[str, Tensor], constant: bool, step: int) -> None:

@@ -22,7 +22,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
 
@@ -33,7 +32,7 @@ from dataset.sampler import row_seed
 from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
 from models.lora import LoRAConfig
-from models.policy import Policy, to_uint8
+from models.policy import Policy
 from trainer_utils.composition import PromptConfig, RunConfig
 from trainer_utils.grpo_config import GRPOConfig
 from utils import distributed
@@ -193,19 +192,8 @@ def sample_images(policy: Policy, batch: Sequence[Sample], size: tuple[int, int]
     """-> uint8 [N, H, W, 3]."""
     condition, mask = policy.encode([sample.condition for sample in batch])
     tokens = policy.sample(condition, mask, [sample.seed for sample in batch]).tokens  # [N, L]
-    if size == image_size(policy):
-        images = policy.decode(tokens)  # [N, 3, H, W]
-    else:
-        images = decode_resized(policy, tokens, size)
+    images = policy.decode(tokens, None if size == image_size(policy) else size)  # [N, 3, H, W]
     return images.permute(0, 2, 3, 1).cpu().numpy()
-
-
-@torch.no_grad()
-def decode_resized(policy: Policy, tokens: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """LlamaGen's protocol: bicubic, without antialiasing, on the decoder's floats. -> uint8 [N, 3, H, W]."""
-    grids = tokens.unflatten(1, policy.gpt.config.grid)  # [N, h, w]
-    return torch.cat([to_uint8(F.interpolate(policy.vq.decode(part), size=size, mode="bicubic"))
-                      for part in grids.split(policy.decode_batch_size)])
 
 
 def image_size(policy: Policy, eval_image_size: int | None = None) -> tuple[int, int]:

@@ -43,7 +43,7 @@ def native_bfloat16() -> bool:
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def packs(weight: Tensor) -> bool:
+def worth_packing(weight: Tensor) -> bool:
     """Whether oneDNN's blocked layout pays: about 15 % on AMD Zen 3, 40 % on the issue's machine, for 8 to 16 rows."""
     return (weight.device.type == "cpu" and platform.machine() in ("x86_64", "AMD64")
             and torch.backends.mkldnn.is_available() and weight.numel() >= PACKED_NUMEL
@@ -70,7 +70,7 @@ def prepared(weights: list[Tensor], dtype: torch.dtype, num_rows: int, static: b
     """Matrices [out, in], stacked, for `linear`; static: see Decoder."""
     parts = [weight.detach().to(dtype) for weight in weights]
     weight = torch.cat(parts) if parts[1:] else parts[0]
-    return weight if static or not packs(weight) else torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
+    return weight if static or not worth_packing(weight) else torch.ops.mkldnn._reorder_linear_weight(weight, num_rows)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ distribution that `generate` samples. `Policy` bundles the generator that a trai
 
 Shapes: N rows, T condition positions, L image tokens, D width, V codebook size.
 """
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -26,7 +26,7 @@ from models.generate import (
 )
 from models.gpt import GPT
 from models.head import logits_of
-from models.streams import Beside
+from models.streams import SideStream
 from models.vq import VQModel
 
 GUIDANCE_MODES = ("guided", "guided_detach_uncond", "conditional")
@@ -90,26 +90,10 @@ class Scorer(nn.Module):
         return token_statistics(log_probs, tokens)
 
 
-@dataclass
-class Samples:
-    """Images of P prompts, being scored; rows are prompt-major."""
-
-    encoded: tuple[Tensor, Tensor | None]  # the prompts' conditions and their mask, P rows
-    tokens: Tensor  # int64 [N, L]
-    logps: Tensor  # float32 [N, L]
-    entropies: Tensor  # float32 [N, L]
-    images: Tensor  # uint8 [N, 3, H, W]
-    pending: list  # img_gen_grpo_rewards.Scoring of consecutive rows, for RewardSet.collect
-
-
 def default_rollout_dtype(autocast_dtype: torch.dtype | None, device: torch.device) -> torch.dtype:
     """The scorer's, so that both round alike; float32 on CPUs that would have to emulate it."""
     native = device.type != "cpu" or autocast_dtype == torch.bfloat16 and native_bfloat16()
     return autocast_dtype if native and autocast_dtype is not None else torch.float32
-
-
-def untimed(name: str):
-    return nullcontext()
 
 
 @dataclass
@@ -125,7 +109,7 @@ class Policy:
     rollout_dtype: torch.dtype | None = None  # of the sampler's matrix products; None: `default_rollout_dtype`
     vq_dtype: torch.dtype = torch.float32  # of the decoding to images
     engine: Engine = field(default_factory=Engine, repr=False)
-    beside: Beside | None = field(default=None, repr=False)  # scores rollout batches beside the next ones
+    side_stream: SideStream | None = field(default=None, repr=False)  # scores rollout batches beside the next ones
 
     @property
     def device(self) -> torch.device:
@@ -180,49 +164,17 @@ class Policy:
         return torch.cat(parts)
 
     @torch.no_grad()
-    def sample_and_score(self, conditions, seeds, num_generations: int, reward_set, batch_size: int = 0,
-                         timed=untimed) -> Samples:
-        """Samples and decodes `num_generations` images per condition, about batch_size at a time (0: all). On GPUs each
-        batch is decoded and scored while the next is sampled.
+    def decode(self, tokens: Tensor, size: tuple[int, int] | None = None) -> Tensor:
+        """tokens int64 [N, L] -> images uint8 [N, 3, H, W], rounded to the nearest level as LlamaGen does.
 
-        reward_set: img_gen_grpo_rewards.RewardSet; its `collect(samples.pending)` waits for the scores. timed(name) is
-        a context that counts the seconds spent inside.
+        size: (H, W), by LlamaGen's protocol: bicubic, without antialiasing, on the decoder's floats; None: as decoded.
         """
-        group = num_generations
-        per_batch = max(1, batch_size // group) if batch_size else len(conditions)
-        overlapping = self.device.type == "cuda" and len(conditions) > per_batch
-        clock = untimed if overlapping else timed  # the device's queue, which a clock awaits, is the next rollout's too
-        if overlapping and self.beside is None:
-            self.beside = Beside(self.device, enabled=True)  # kept: memory is cached by stream
-        beside = self.beside if overlapping else Beside(self.device, enabled=False)
-        with timed("seconds/encode"):
-            encoded = self.encode(conditions)
-        generations, scored = [], []
-        for start in range(0, len(conditions), per_batch):
-            prompts = slice(start, start + per_batch)
-            asked = [condition for condition in conditions[prompts] for _ in range(group)]
-            with timed("seconds/sample"):
-                condition, mask = (None if part is None else part[prompts] for part in encoded)
-                generation = self.sample(condition, mask, seeds[start * group: (start + per_batch) * group], group)
-
-            def decode_and_score(tokens: Tensor, asked: list = asked) -> tuple[Tensor, object]:
-                with clock("seconds/decode"):
-                    images = self.decode(tokens)
-                with clock("seconds/score"):
-                    return images, reward_set.start(images, [c.prompt for c in asked], [c.metadata for c in asked])
-
-            generations.append((generation.tokens, generation.logps, generation.entropies))
-            scored.append(beside.run(decode_and_score, generation.tokens))
-        with timed("seconds/score"):
-            images, pending = zip(*(wait() for wait in scored))
-        return Samples(encoded, *(torch.cat(column) for column in zip(*generations)), torch.cat(images), list(pending))
-
-    @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """tokens int64 [N, L] -> images uint8 [N, 3, H, W], rounded to the nearest level as LlamaGen does."""
-        grids = tokens.unflatten(1, self.gpt.config.grid)  # [N, h, w]
+        grids, images = tokens.unflatten(1, self.gpt.config.grid), []  # [N, h, w]
         with torch.autocast(self.device.type, dtype=torch.bfloat16, enabled=self.vq_dtype == torch.bfloat16):
-            return torch.cat([to_uint8(self.vq.decode(part)) for part in grids.split(self.decode_batch_size)])
+            for part in grids.split(self.decode_batch_size):
+                pixels = self.vq.decode(part)
+                images.append(to_uint8(pixels if size is None else F.interpolate(pixels, size=size, mode="bicubic")))
+        return torch.cat(images)
 
 
 def to_uint8(images: Tensor) -> Tensor:

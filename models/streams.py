@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 
-class Beside:
+class SideStream:
     """enabled: jobs run in the thread, in the order of `run`; else at once, in the caller's."""
 
     def __init__(self, device: torch.device, enabled: bool):
-        self.thread = ThreadPoolExecutor(1, thread_name_prefix="beside") if enabled else None
+        self.thread = ThreadPoolExecutor(1, thread_name_prefix="side_stream") if enabled else None
         self.stream = torch.cuda.Stream(device) if enabled and device.type == "cuda" else None
 
     def run(self, job: Callable[[Tensor], tuple], tensor: Tensor) -> Callable[[], tuple]:

@@ -120,7 +120,7 @@ def children() -> set[int]:
     return pids
 
 
-def own_words(folder: Path, pids: Collection[int]) -> dict[int, Failure]:
+def reported_failures(folder: Path, pids: Collection[int]) -> dict[int, Failure]:
     """What the processes left in the folder, by rank; pids: of the last attempt, where torchrun has restarted them."""
     records = {int(path.name.removeprefix("rank_")): json.loads(path.read_text()) for path in folder.glob("rank_*")
                if not path.suffix}
@@ -169,10 +169,10 @@ def main(words: list[str]) -> int:
         except ChildFailedError as error:
             forwarder.finish()
             pids = [failure.pid for failure in error.failures.values()]
-            failures = seen_by_torchrun(error.failures) | own_words(Path(folder), pids)
+            failures = seen_by_torchrun(error.failures) | reported_failures(Path(folder), pids)
         except Stopped:
             forwarder.finish()
-            failures = own_words(Path(folder), forwarder.told)
+            failures = reported_failures(Path(folder), forwarder.told)
         except (SignalException, KeyboardInterrupt) as error:  # the latter before torchrun listens
             signum = getattr(error, "sigval", signal.SIGINT)
             sys.stderr.write(f"stopped by {SIGNALS[signum]}\n")

@@ -10,6 +10,7 @@ from models.lora import LoRAConfig, add_adapters
 from models.policy import Policy, Scorer
 from tests.tiny_gpt import SAMPLING, tiny_condition, tiny_gpt
 from tests.tiny_world import CONDITIONS, make_trainer, make_world, weights
+from trainer_utils.rollout import sample_and_score
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
 SEEDS = list(range(40, 46))
@@ -120,9 +121,9 @@ def test_a_gpu_run_resumes_bit_for_bit(tmp_path):
 def test_scoring_beside_the_next_batch_changes_nothing(tmp_path):
     make_world(tmp_path)
     trainer = make_trainer(tmp_path, None, device="cuda")
-    parts = [trainer.policy.sample_and_score(CONDITIONS[:6], list(range(24)), 4, trainer.reward_set, batch_size=size)
+    parts = [sample_and_score(trainer.policy, CONDITIONS[:6], list(range(24)), 4, trainer.reward_set, batch_size=size)
              for size in (0, 4, 8)]
-    assert trainer.policy.beside.stream is not None
+    assert trainer.policy.side_stream.stream is not None
     tables = [trainer.reward_set.collect(samples.pending).table for samples in parts]
     for samples, table in zip(parts[1:], tables[1:]):
         assert torch.equal(samples.tokens, parts[0].tokens)

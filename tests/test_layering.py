@@ -33,6 +33,7 @@ ALLOWED = {
     "img_gen_grpo_rewards": {"reward_utils", "dataset", "utils"},
     "fid_evaluation": {"reward_utils.inception", "reward_utils.fid_math", "utils"},
     "trainer_utils": {"trainer_utils", "models", "dataset", "utils"},
+    "trainer_utils.rollout": {"dataset", "img_gen_grpo_rewards", "models", "utils"},
     "trainer_utils.composition": {"trainer_utils", "models", "dataset", "utils", "img_gen_grpo_rewards",
                                   "reward_utils.settings"},
     "grpo_trainer": {"trainer_utils", "models", "dataset", "utils"},

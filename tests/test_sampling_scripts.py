@@ -18,7 +18,6 @@ from benchmark.lookup import find_model
 from benchmark.sampling import (
     Job,
     SampleConfig,
-    decode_resized,
     pending,
     prompt_samples,
     read_png,
@@ -167,7 +166,7 @@ def test_resizing_is_bicubic_on_floats(policy):
     decoded = policy.vq.decode(tokens.unflatten(1, (4, 4)))
     expected = to_uint8(F.interpolate(decoded, size=(24, 24), mode="bicubic", align_corners=False))
     assert np.array_equal(small, expected.permute(0, 2, 3, 1).numpy())
-    assert decode_resized(policy, tokens, (24, 24)).shape == (2, 3, 24, 24)
+    assert policy.decode(tokens, (24, 24)).shape == (2, 3, 24, 24)
 
 
 def test_npz_that_fails_leaves_nothing(tmp_path):

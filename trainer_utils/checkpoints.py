@@ -72,11 +72,11 @@ class Checkpoints:
             return
         self.saved = -1
         stop = last or self.config.on_save_failure == "stop"
-        told = f"a checkpoint could not be written ({problem}); those before it stand"
-        logger.warning(told)
+        message = f"a checkpoint could not be written ({problem}); those before it stand"
+        logger.warning(message)
         self.event("checkpoint_failed", reason=problem, action="stop" if stop else "continue")
         if stop:
-            raise TrainingStopped(f"{told}. Make room on the disk; the same command resumes")
+            raise TrainingStopped(f"{message}. Make room on the disk; the same command resumes")
 
     def go_back(self, step: int, reason: str) -> int:
         """Answers a diverged step: the run stops, or returns to a checkpoint, whose step is returned, to draw other

@@ -79,7 +79,7 @@ def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], 
         torch.set_num_threads(run_config.num_threads)
     logging.basicConfig(level=logging.INFO if distributed.is_main() else logging.ERROR, format="%(message)s")
     logging.getLogger(__name__).info(grpo.arithmetic(distributed.world_size()))
-    for path in (policy_config.vq_ckpt, policy_config.gpt_ckpt):  # told before minutes of loading rewards and T5
+    for path in (policy_config.vq_ckpt, policy_config.gpt_ckpt):  # before minutes of loading rewards and T5
         require_checkpoint(path)
     if run_config.offload:
         rewards = replace(rewards, offload_rewards=True)
@@ -101,11 +101,11 @@ def train(trainer: Callable, configs: tuple, train_conditions: list[Condition], 
     except SystemExit:  # preempted: every process is here
         distributed.shutdown()
         raise
-    told = []
+    lines = []
     if run_config.dry_run and distributed.is_main():
-        told = [*plan_lines(configs[: len(CONFIGS)], policy), "dry run: one tiny step passed, nothing was written"]
+        lines = [*plan_lines(configs[: len(CONFIGS)], policy), "dry run: one tiny step passed, nothing was written"]
     distributed.shutdown()
-    return told
+    return lines
 
 
 @contextmanager

@@ -4,6 +4,7 @@ import math
 
 from torch import Tensor
 
+from trainer_utils.rollout import sample_and_score
 from trainer_utils.statistics import nan_std, token_hamming
 from utils import distributed
 from utils.lists import evenly
@@ -13,7 +14,7 @@ logger = logging.getLogger(__name__)
 NUM_SHOWN = 32  # images in a sample grid
 
 
-def own_positions(num_prompts: int) -> list[int]:
+def positions_of_rank(num_prompts: int) -> list[int]:
     """This process's held-out prompts; the first ones again where the number of processes does not divide them."""
     rank, world = distributed.rank(), distributed.world_size()
     return [p % num_prompts for p in range(rank, math.ceil(num_prompts / world) * world, world)]
@@ -23,16 +24,16 @@ def evaluate(policy, reward_set, conditions: list, seeds: list[int], group: int,
              step: int) -> tuple[dict[str, Tensor], Tensor, Tensor]:
     """-> (rewards with standard errors, entropy, diversity by name; images uint8 [M, 3, H, W]; scores [M, K]).
 
-    seeds: of this process's images, `group` for each of its `own_positions`. M = prompts x group, in order.
+    seeds: of this process's images, `group` for each of its `positions_of_rank`. M = prompts x group, in order.
     """
-    positions = own_positions(len(conditions))
-    samples = policy.sample_and_score([conditions[p] for p in positions], seeds, group, reward_set, rollout_batch_size)
+    positions = positions_of_rank(len(conditions))
+    samples = sample_and_score(policy, [conditions[p] for p in positions], seeds, group, reward_set, rollout_batch_size)
     result = reward_set.collect(samples.pending)
     tokens, entropies, images, scores = (
         distributed.gather_groups(rows, group)[: len(conditions) * group]
         for rows in (samples.tokens, samples.entropies, samples.images, result.table.to(policy.device)))
-    if told := distributed.failure_report(dict(zip(reward_set.names, scores.T)), result.failures):
-        logger.warning("evaluation after step %d: %s", step, told)
+    if reason := distributed.failure_report(dict(zip(reward_set.names, scores.T)), result.failures):
+        logger.warning("evaluation after step %d: %s", step, reason)
     numbers = {"eval/entropy": entropies.mean(), "eval/token_hamming": token_hamming(tokens, group)}
     for name, column in zip(reward_set.names, scores.T):
         numbers[f"eval/rewards/{name}"] = column.nanmean()

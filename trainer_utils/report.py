@@ -85,8 +85,8 @@ def _events(path: Path) -> list[str]:
             line = dict(json.loads(text))
         except (ValueError, TypeError):  # half a line of a killed run
             continue
-        told = ", ".join(f"{key}: {value}" for key, value in line.items() if key not in ("time", "event", "step"))
-        rows.append((str(line.get("time")), str(line.get("step")), str(line.get("event")), told))
+        details = ", ".join(f"{key}: {value}" for key, value in line.items() if key not in ("time", "event", "step"))
+        rows.append((str(line.get("time")), str(line.get("step")), str(line.get("event")), details))
     return [section("Events", table(("time", "step", "event", ""), rows))] if rows else []
 
 

@@ -268,14 +268,14 @@ def background_group():
     return dist.new_group(backend="gloo", timeout=_timeout) if dist.is_initialized() else None
 
 
-def quiet() -> None:
+def hush_single_process_warnings() -> None:
     warnings.filterwarnings("ignore", "torch.distributed is disabled")  # a single process is what was meant
 
 
 def save_shards(tensors: dict[str, Tensor], folder: Path) -> Callable[[], None]:
     """Copies `tensors` (by the same names on all ranks) and begins to write them into `folder`, each rank its slices,
     as safetensors. Returns a function that waits for the end; an OSError there says what went wrong, on all ranks."""
-    quiet()
+    hush_single_process_warnings()
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     group = background_group()
     writing = dcp.async_save(tensors, storage_writer=writer, process_group=group, no_dist=group is None)
@@ -294,7 +294,7 @@ def save_shards(tensors: dict[str, Tensor], folder: Path) -> Callable[[], None]:
 
 def load_shards(folder: Path, like: Callable[[str, torch.Size], Tensor | None]) -> dict[str, Tensor]:
     """What `save_shards` wrote, on any number of processes: by name, as like(name, shape) is sharded (None: not)."""
-    quiet()
+    hush_single_process_warnings()
     reader = dcp.HuggingFaceStorageReader(str(folder))
     tensors = {}
     for name, stored in reader.read_metadata().state_dict_metadata.items():

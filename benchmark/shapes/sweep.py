@@ -22,6 +22,7 @@ from dataset.sampler import row_seeds
 from img_gen_grpo_rewards import RewardSet
 from models.build import PolicyConfig, load_policy
 from models.generate import SamplingConfig
+from trainer_utils.rollout import sample_and_score
 from trainer_utils.statistics import token_hamming
 from utils.config import Parser, one_line_errors
 
@@ -83,7 +84,7 @@ def evaluate(checkpoint: str | Path, kind: str) -> dict:
         policy = load_policy(config, SamplingConfig(cfg_scale=scale), torch.device("cpu"))
         seeds = row_seeds(EVAL_SEED, 0, range(len(conditions)), group)
         reward_set = RewardSet(["shapes_strict"])
-        samples = policy.sample_and_score(conditions, seeds, group, reward_set, 256)
+        samples = sample_and_score(policy, conditions, seeds, group, reward_set, 256)
         strict = reward_set.collect(samples.pending).scores["shapes_strict"].mean().item()
         found = statistics(samples.images, [condition for condition in conditions for _ in range(group)])
         numbers |= {f"strict @{scale:g}": strict, f"FID @{scale:g}": found["fid"],

@@ -26,7 +26,7 @@ from benchmark.speed.setup import machine_name, random_condition, random_gpt, ra
 from models.generate import Rollout, SamplingConfig, row_uniforms
 from models.gpt import GPT, GPT_SIZES, GPTConfig
 from models.policy import Policy, Scorer
-from models.streams import Beside
+from models.streams import SideStream
 from trainer_utils.memory import Meter
 from utils.distributed import Metrics
 
@@ -297,7 +297,7 @@ def with_rollout_batches(config: end_to_end.EndToEndConfig, images: int) -> end_
 def job_speed(job: end_to_end.Job, reward_set, beside: bool, setting: Setting) -> dict:
     trainer = end_to_end.trainer_of(job, setting.device)
     trainer.reward_set = reward_set
-    trainer.policy.beside = Beside(setting.device, enabled=beside and setting.device.type == "cuda")
+    trainer.policy.side_stream = SideStream(setting.device, enabled=beside and setting.device.type == "cuda")
     for number in range(2):
         end_to_end.step(trainer, number, Metrics(setting.device))
     if setting.device.type == "cuda":

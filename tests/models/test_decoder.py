@@ -115,7 +115,7 @@ def test_packed_weights_give_the_same_tokens(monkeypatch):
     gpt, (condition, mask) = tiny_gpt("t2i"), tiny_condition("t2i")
     sampling = SamplingConfig(cfg_scale=2.0, cfg_interval=4)
     expected = generate(gpt, condition, sampling, mask, SEEDS, 2)
-    monkeypatch.setattr(decoder, "packs", lambda weight: True)
+    monkeypatch.setattr(decoder, "worth_packing", lambda weight: True)
     packed = generate(gpt, condition, sampling, mask, SEEDS, 2)
     assert torch.equal(packed.tokens, expected.tokens)
     torch.testing.assert_close(packed.logps, expected.logps, atol=1e-5, rtol=0)
@@ -123,8 +123,8 @@ def test_packed_weights_give_the_same_tokens(monkeypatch):
 
 def test_what_is_packed():
     large, small = torch.randn(512, 512), torch.randn(64, 64)
-    assert decoder.packs(large) and not decoder.packs(small)
-    assert decoder.packs(large.bfloat16()) == decoder.native_bfloat16()
+    assert decoder.worth_packing(large) and not decoder.worth_packing(small)
+    assert decoder.worth_packing(large.bfloat16()) == decoder.native_bfloat16()
     stacked = prepared([large, large[:256]], torch.float32, 4)
     x = torch.randn(4, 512)
     assert stacked.is_mkldnn
