@@ -26,7 +26,14 @@ from trainer_utils import evaluation, memory
 from trainer_utils.checkpoints import Checkpoints
 from trainer_utils.grpo_config import GRPOConfig
 from trainer_utils.guards import Interruption, TrainingStopped, divergence
-from trainer_utils.objective import aggregate_advantages, group_advantages, grpo_loss, weighted_sum
+from trainer_utils.objective import (
+    aggregate_advantages,
+    diversity_shaped,
+    group_advantages,
+    grpo_loss,
+    token_distances,
+    weighted_sum,
+)
 from trainer_utils.optimizer import build_optimizer, learning_rate
 from trainer_utils.reference import Reference, distribute
 from trainer_utils.report import write_report
@@ -162,7 +169,7 @@ class GRPOTrainer:
         seeds = row_seeds(config.data_seed + NEW_SEED * self.checkpoints.attempt, step, positions, group)
         with self.gathered_weights():  # gathered once, however many parts the rollout has
             samples = sample_and_score(self.policy, conditions, seeds, group, self.reward_set,
-                                                   config.rollout_batch_size, metrics.timed)
+                                       config.rollout_batch_size, metrics.timed)
 
         self.check_distribution(samples, step)
         with metrics.timed("seconds/reference"):
@@ -184,8 +191,17 @@ class GRPOTrainer:
             advantages = aggregate_advantages(scores, self.reward_set.weights, config.reward_aggregation,
                                               config.scale_rewards)
             self.log_rewards(scores, advantages, result.failures, step, metrics)
-        own = advantages[self.rank::self.world_size].flatten()  # [N]
-        return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own)
+        own = self.shaped(advantages[self.rank::self.world_size], samples.tokens, metrics)  # [P, G]
+        return Rollout(condition, mask, samples.tokens, old_logps, ref_logps, own.flatten())
+
+    def shaped(self, advantages: Tensor, tokens: Tensor, metrics: distributed.Metrics) -> Tensor:
+        """advantages [P, G] of this process, shaped by how far its images [P G, L] are from each other."""
+        group = self.config.num_generations
+        distances = token_distances(tokens.unflatten(0, (-1, group)), self.policy.vq.quantize.codebook())  # [P, G, G]
+        metrics.add({"group_distance": distances.sum() / (len(distances) * group * (group - 1))})
+        if self.config.diversity_advantage == "none":
+            return advantages
+        return diversity_shaped(advantages, distances, self.config.diversity_power)
 
     def check_distribution(self, samples: Samples, step: int) -> None:
         """Logits that overflowed draw tokens without complaint, and every other number looks healthy."""
@@ -223,7 +239,8 @@ class GRPOTrainer:
             logps, entropies = self.model(micro.condition, micro.tokens, micro.condition_mask)
         return logps, entropies, *grpo_loss(
             logps, micro.old_logps, micro.ref_logps, micro.advantages, beta=config.beta, epsilon=config.epsilon,
-            epsilon_high=config.epsilon_high, importance_sampling_level=config.importance_sampling_level)
+            epsilon_high=config.epsilon_high, importance_sampling_level=config.importance_sampling_level,
+            kl_form=config.kl_form, kl_ratio_weight=config.kl_ratio_weight)
 
     def rows_at_once(self, minibatch: Rollout) -> int:
         """Rows of one forward and backward pass; "auto" is measured once, by passes over a row or two."""

@@ -320,3 +320,13 @@ def test_bf16_is_another_name(tmp_path):
     assert config(dtype="float16").autocast_dtype == torch.float16 and config().autocast_dtype is None
     with pytest.raises(ValueError, match="bf16 means --dtype bfloat16, but --dtype float16 is given"):
         config(bf16=True, dtype="float16")
+
+
+def test_variety_is_logged_and_shapes_advantages_when_asked(world, tmp_path):
+    plain, shaped = (make_trainer(world, tmp_path / name, exit_step=2, beta=0.05, diversity_advantage=name,
+                                  kl_form=form) for name, form in (("none", "k3"), ("tokens", "js")))
+    for trainer in (plain, shaped):
+        trainer.train()
+    first, second = (lines_of(tmp_path / name)[0] for name in ("none", "tokens"))
+    assert first["group_distance"] == second["group_distance"] > 0  # the same images
+    assert first["grad_norm"] != second["grad_norm"]

@@ -23,6 +23,14 @@ class GRPOConfig:
     reference: Literal["auto", "float32", "bf16", "cpu", "lora_base"] = flag(
         "auto", "form of that model: float32: a copy; bf16: its matrices halved; cpu: it waits there; lora_base: the "
         "trained model with its adapters off; auto: lora_base with adapters, else float32")
+    kl_form: Literal["k3", "k2", "js"] = flag(
+        "k3", "the penalty's form: k3 has the gradient of KL(ref | policy), k2 that of KL(policy | ref), js pulls a "
+        "quarter as hard near the reference")
+    kl_ratio_weight: bool = flag(False, "the penalty times the probability ratio: unbiased after the first update too")
+    diversity_advantage: Literal["none", "tokens"] = flag(
+        "none", "tokens: positive advantages grow with the distance to the nearest other image of the group, measured "
+        "on the codes' embeddings (GARDO, arXiv 2512.24138)")
+    diversity_power: float = flag(1.0, "how strongly", least=0)
     epsilon: float = flag(0.2, "lower clip of the probability ratio, 1 - epsilon", least=0)
     epsilon_high: float | None = flag(None, "upper clip, 1 + epsilon_high; none: epsilon", least=0)
     scale_rewards: Literal["group", "batch", "none"] = flag(

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from grpo_trainer import GRPOConfig, aggregate_advantages, group_advantages, grpo_loss, learning_rate
+from trainer_utils.objective import diversity_shaped, kl_penalty, token_distances
 from trainer_utils.statistics import token_hamming
 
 NAN = float("nan")
@@ -111,3 +112,73 @@ def test_token_hamming():
 def test_config_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         GRPOConfig(**changes)
+
+
+# ---- forms of the penalty, and variety -------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("form,exact", (
+    ("k3", lambda policy, ref: (ref.exp() * (ref - policy)).sum()),  # KL(ref | policy)
+    ("k2", lambda policy, ref: (policy.exp() * (policy - ref)).sum())))  # KL(policy | ref)
+def test_expected_gradients_of_the_penalty_are_those_of_a_kl(form, exact):
+    """Over all tokens of one position, weighted as the policy draws them."""
+    torch.manual_seed(0)
+    logits, ref = torch.randn(2, 6, dtype=torch.float64)
+    ref = ref.log_softmax(0)
+    sampled, enumerated = (logits.clone().requires_grad_() for _ in range(2))
+    logps = sampled.log_softmax(0)
+    (logps.detach().exp() * kl_penalty(logps, ref, form)).sum().backward()
+    exact(enumerated.log_softmax(0), ref).backward()
+    torch.testing.assert_close(sampled.grad, enumerated.grad)
+
+
+def test_forms_of_the_penalty_by_hand():
+    d = torch.tensor([-1.0, 0.0, 0.5])
+    zero = torch.zeros(3)
+    assert kl_penalty(zero, d, "k3").tolist() == pytest.approx([math.exp(-1), 0, math.exp(0.5) - 1.5])
+    assert kl_penalty(zero, d, "k2").tolist() == pytest.approx([0.5, 0, 0.125])
+    js = [0.5 * (math.log(2) - math.log(1 + w) + w * (math.log(2) - math.log(1 + 1 / w))) for w in d.exp().tolist()]
+    assert kl_penalty(zero, d, "js").tolist() == pytest.approx(js, abs=1e-7)
+    small = torch.full((1,), 1e-2, dtype=torch.float64)
+    ratio = kl_penalty(torch.zeros_like(small), small, "js") / kl_penalty(torch.zeros_like(small), small, "k3")
+    assert ratio.item() == pytest.approx(0.25, rel=0.02)  # the strength near the reference
+
+
+@pytest.mark.parametrize("form", ("k3", "k2", "js"))
+def test_gradients_of_the_loss_equal_finite_differences(form):
+    torch.manual_seed(1)
+    old, ref = -torch.rand(2, 3, 4, dtype=torch.float64) * 3
+    logps = (old + 0.1 * torch.randn_like(old)).requires_grad_()
+
+    def loss(logps):
+        return grpo_loss(logps, old, ref, torch.tensor([1.0, -1.0, 0.5], dtype=torch.float64), beta=0.3, kl_form=form,
+                         kl_ratio_weight=True)[0]
+
+    assert torch.autograd.gradcheck(loss, logps)
+
+
+def test_the_ratio_weight_changes_nothing_before_the_first_update():
+    logps, ref = -torch.rand(2, 2, 3)
+    advantages = torch.tensor([1.0, -1.0])
+    plain, weighted = (grpo_loss(logps, logps, ref, advantages, beta=0.3, kl_ratio_weight=on)[0]
+                       for on in (False, True))
+    assert torch.equal(plain, weighted)
+    off = grpo_loss(logps, logps - math.log(2), ref, advantages, beta=0.0)[0]
+    doubled = grpo_loss(logps, logps - math.log(2), ref, advantages, beta=0.3, kl_ratio_weight=True)[0] - off
+    single = grpo_loss(logps, logps - math.log(2), ref, advantages, beta=0.3)[0] - off
+    torch.testing.assert_close(doubled, 2 * single)
+
+
+def test_distances_and_shaped_advantages_by_hand():
+    codebook = torch.tensor([[1.0, 0.0], [0.0, 2.0], [3.0, 0.0]])  # codes 0 and 2 point the same way
+    tokens = torch.tensor([[[0, 0], [2, 0], [1, 1], [0, 1]]])  # [P=1, G=4, L=2]
+    distances = token_distances(tokens, codebook)
+    torch.testing.assert_close(distances[0], torch.tensor([[0.0, 0.0, 1.0, 0.5], [0.0, 0.0, 1.0, 0.5],
+                                                           [1.0, 1.0, 0.0, 0.5], [0.5, 0.5, 0.5, 0.0]]))
+    # nearest: 0, 0, 0.5, 0.5; mean 0.25
+    shaped = diversity_shaped(torch.tensor([[1.0, -1.0, 2.0, 0.5]]), distances)
+    assert shaped.tolist() == [[0.0, -1.0, 4.0, 1.0]]
+    assert diversity_shaped(torch.tensor([[1.0, -1.0, 2.0, 0.5]]), distances, 2.0).tolist() == [[0.0, -1.0, 8.0, 2.0]]
+    failed = diversity_shaped(torch.tensor([[1.0, NAN, 2.0, 0.5]]), distances)  # its twin's absence counts
+    assert failed[0, 1].isnan() and failed[0, 0] > 0
+    alike = diversity_shaped(torch.tensor([[1.0, -1.0]]), torch.zeros(1, 2, 2))
+    assert alike.tolist() == [[1.0, -1.0]]
