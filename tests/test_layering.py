@@ -51,7 +51,7 @@ MAY_USE_TORCH_DISTRIBUTED = {"grpo_trainer", "utils.distributed", "scripts.run_w
 # style.md: about 400 lines a file
 MAX_FILE_LINES, MAX_LINE, MAX_PARAMETERS, MAX_FUNCTION_LINES = 450, 120, 8, 60
 LONGER_FUNCTIONS = {("grpo_trainer", "GRPOTrainer.train"): 100}
-# The tensors of one decode step (Triton's kernels have no limit); the terms of the objective, six of them by name alone.
+# The tensors of one decode step (Triton's kernels have no limit); the terms of the objective, six by name alone.
 MORE_PARAMETERS = {("models.kernels", "feed"): 9, ("trainer_utils.objective", "grpo_loss"): 10}
 
 

@@ -71,8 +71,8 @@ def kl_penalty(logps: Tensor, ref_logps: Tensor, form: str) -> Tensor:
     """A penalty for each sampled token, float [N, L], of d = ref - logp, never negative (J. Schulman, "Approximating KL
     divergence", 2020).
 
-    k3: e^d - d - 1, an unbiased estimate of the KL to the reference; its gradient in a loss is that of KL(ref | policy).
-    k2: d^2 / 2; its gradient is that of KL(policy | ref). js: the sampled token's share of the Jensen-Shannon
+    k3: e^d - d - 1, an unbiased estimate of the KL to the reference; its gradient is that of KL(ref | policy). k2:
+    d^2 / 2; its gradient is that of KL(policy | ref). js: the sampled token's share of the Jensen-Shannon
     divergence, (ln 2 - ln(1 + w) + w (ln 2 - ln(1 + 1/w))) / 2 with w = e^d (BPD-GRPO, arXiv 2606.21498); near w = 1 it
     pulls a quarter as hard as k3, so equal beta is not equal strength.
     """
