@@ -1,4 +1,5 @@
 """README and docs/: short, current, and true as far as names, links, flags and printed next commands go."""
+import ast
 import os
 import re
 import subprocess
@@ -69,6 +70,29 @@ def test_commands_name_programs_and_flags_that_exist(page):
             missing += [flag for flag in re.findall(r"--(\w+)", command) if flag not in KNOWN and flag not in (
                 "nproc_per_node", "nodes", "help")]
     assert missing == []
+
+
+def lines_of(file: str, names: list[str]) -> int:
+    """Lines of functions (`f`) and methods (`Class.f`) of a file; each must be there."""
+    lines = {}
+    for node in ast.parse((ROOT / file).read_text()).body:
+        for part in [node] if isinstance(node, ast.FunctionDef) else getattr(node, "body", []):
+            if isinstance(part, ast.FunctionDef):
+                name = part.name if part is node else f"{node.name}.{part.name}"
+                lines[name] = part.end_lineno - part.lineno + 1
+    return sum(lines[name] for name in names)
+
+
+def test_the_route_of_a_step_is_short_and_listed():
+    spine, rest = (ROOT / "docs" / "architecture.md").read_text().split("The rest of it")
+    counts, files = [], set()
+    for text in (spine, rest):
+        rows = [re.findall(r"`([^`]+)`", line) for line in text.splitlines() if re.match(r"\| `[\w/]+\.py` \|", line)]
+        counts.append(sum(lines_of(file, names) for file, *names in rows))
+        files |= {file for file, *_ in rows}
+        assert len(rows) <= 5 or text is rest
+    assert counts[0] <= 300 and sum(counts) <= 600 and len(files) <= 10
+    assert f"({counts[0]} lines of 5 files" in spine and rest.startswith(f" ({sum(counts)} lines of 10 files")
 
 
 def test_a_script_ends_with_a_next_command_that_works(tmp_path):
