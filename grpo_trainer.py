@@ -21,7 +21,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from dataset import Condition
 from dataset.sampler import PromptSampler, row_seeds, shard
+from img_gen_grpo_rewards import RewardSet
+from models.policy import Policy
 from trainer_utils import evaluation, memory
 from trainer_utils.checkpoints import Checkpoints
 from trainer_utils.grpo_config import GRPOConfig
@@ -38,6 +41,7 @@ from trainer_utils.optimizer import build_optimizer, learning_rate
 from trainer_utils.reference import Reference, distribute
 from trainer_utils.report import write_report
 from trainer_utils.rollout import Samples, sample_and_score
+from trainer_utils.run_folder import RunFolder
 from trainer_utils.statistics import nan_std, without_spread
 from utils import distributed
 
@@ -72,14 +76,15 @@ class Rollout:
 
 
 class GRPOTrainer:
-    """Trains `policy` (models.policy.Policy); what it starts with is the reference of the KL penalty.
+    """Trains `policy`; what it starts with is the reference of the KL penalty.
 
-    train_set, eval_set: (conditions, RewardSet); eval_set may be None. run: the RunFolder on rank 0, None elsewhere.
+    eval_set may be None. run: on rank 0; None elsewhere, and nothing is written.
     save_policy(folder, weights) writes the model files of a checkpoint. image_metrics(images uint8 [M, 3, H, W],
     conditions) -> {name: number} adds to each evaluation on rank 0.
     """
 
-    def __init__(self, config: GRPOConfig, policy, train_set: tuple, eval_set: tuple | None, run,
+    def __init__(self, config: GRPOConfig, policy: Policy, train_set: tuple[list[Condition], RewardSet],
+                 eval_set: tuple[list[Condition], RewardSet] | None, run: RunFolder | None,
                  save_policy: Callable[[Path, dict], None], image_metrics: Callable | None = None):
         self.config, self.policy, self.run = config, policy, run
         self.conditions, self.reward_set = train_set

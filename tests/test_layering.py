@@ -36,7 +36,7 @@ ALLOWED = {
     "trainer_utils.rollout": {"dataset", "img_gen_grpo_rewards", "models", "utils"},
     "trainer_utils.composition": {"trainer_utils", "models", "dataset", "utils", "img_gen_grpo_rewards",
                                   "reward_utils.settings"},
-    "grpo_trainer": {"trainer_utils", "models", "dataset", "utils"},
+    "grpo_trainer": {"trainer_utils", "img_gen_grpo_rewards", "models", "dataset", "utils"},
     "benchmark": {"benchmark", "trainer_utils", "dataset", "reward_utils", "img_gen_grpo_rewards", "fid_evaluation",
                   "models", "utils"},
     "benchmark.speed": {"benchmark", "grpo_trainer", "trainer_utils", "dataset", "img_gen_grpo_rewards", "models",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models import lora
 from trainer_utils.grpo_config import GRPOConfig
 from trainer_utils.guards import TrainingStopped
+from trainer_utils.run_folder import RunFolder
 from utils import distributed
 from utils.files import one_line
 
@@ -34,8 +35,8 @@ class Checkpoints:
     nothing is saved). save_policy(folder, weights) writes the exported model. The optimizer must be over the scorer's
     trainable parameters, in their order."""
 
-    def __init__(self, run, scorer: nn.Module, optimizer: torch.optim.Optimizer, scaler: torch.amp.GradScaler,
-                 save_policy: Callable[[Path, dict], None], config: GRPOConfig):
+    def __init__(self, run: RunFolder | None, scorer: nn.Module, optimizer: torch.optim.Optimizer,
+                 scaler: torch.amp.GradScaler, save_policy: Callable[[Path, dict], None], config: GRPOConfig):
         self.run, self.scorer, self.optimizer, self.scaler = run, scorer, optimizer, scaler
         self.save_policy, self.config = save_policy, config
         self.enabled = distributed.broadcast_object(run is not None)

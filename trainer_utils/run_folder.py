@@ -2,8 +2,8 @@
 
 Everything that a later process relies on is written to a temporary name, flushed to the disk and renamed, so that a
 kill at any moment leaves either the old file or the new one. A checkpoint carries the SHA-256 of each of its files; a
-damaged one is named and passed over. Leaves out: what a checkpoint contains (the caller writes it), and locking: one
-process (rank 0) owns the folder.
+damaged one is named and passed over. Leaves out: what a checkpoint contains (the caller writes it), and the lock that
+keeps a second process out (utils/lock.py).
 """
 
 import contextlib
