@@ -32,17 +32,9 @@ from tests.tiny_gpt import SAMPLING, C, L, T, V
 CUDA = torch.device("cuda", 0)
 
 
-def can_fake() -> bool:
-    """torch 2.14 and newer: the older ones initialise CUDA for a fake tensor, too."""
-    try:
-        with FakeTensorMode(), torch.device(CUDA):
-            torch.empty(1).add(1)
-    except (RuntimeError, AssertionError):
-        return False
-    return True
-
-
-pytestmark = pytest.mark.skipif(not can_fake(), reason="this torch keeps fake CUDA tensors to machines with a GPU")
+pytestmark = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 14),
+    reason="before torch 2.14 some operations on fake CUDA tensors ask for a driver")
 
 
 class PlainSteps:
